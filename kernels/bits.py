@@ -1,0 +1,38 @@
+"""Packing small unsigned codes into bytes, neighbours together: code i of a byte sits at bits [i * Q, (i + 1) * Q).
+
+Q is 1, 2, 4 or 8. n codes take ceil(n * Q / 8) bytes, so a 1-bit mask is 1/32 of an fp32 tensor.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BITS = (1, 2, 4, 8)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (any shape, bool or uint8, each below 2**bits) in row-major order -> uint8 [packed_bytes]."""
+    codes = codes.reshape(-1)
+    codes = codes.view(torch.uint8) if codes.dtype == torch.bool else codes
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes.clone()
+    codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # [bytes, codes of one byte]
+    packed = codes[:, 0].clone()
+    for i in range(1, per_byte):
+        packed |= codes[:, i] << (i * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: uint8 [packed_bytes] -> uint8 [count]."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed[:, None] >> shifts) & (2**bits - 1)
+    return codes.view(-1)[:count]

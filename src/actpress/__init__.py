@@ -1,0 +1,9 @@
+"""actpress: shrink the activations kept for the backward pass, and measure what that buys.
+
+report = actpress.apply(model, actpress.methods.Division(bits=2))
+"""
+
+from actpress import measure, methods
+from actpress.swap import Report, apply
+
+__all__ = ["Report", "apply", "measure", "methods"]

@@ -1,0 +1,120 @@
+"""How one layer's input is kept for the backward pass.
+
+A Codec turns a tensor into what is kept and, in the backward pass, what was kept into a weight gradient. It is a frozen
+dataclass: all it knows is in its fields. The weight gradients decode first; a codec that can do without the dense tensor
+(pooled, block-sparse) overrides them.
+
+`keep` is what layers call. One tensor read by two layers (a block's input, read by its first convolution and its
+downsample) is encoded once: the code is remembered on the tensor itself, weakly, and dies with the graph that saved it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from actpress.kernels.layout import is_channels_last
+
+
+class Like(NamedTuple):
+    """What a decoded tensor must look like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    channels_last: bool
+
+
+class Conv(NamedTuple):
+    """Geometry of a 2-d convolution (zero padding)."""
+
+    weight_shape: torch.Size  # [O, I / groups, kh, kw]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Noise:
+    """The stream of uniform noise for stochastic rounding, one per applied model.
+
+    It is seeded from `torch.initial_seed()` when the method is applied and counts its own draws. PyTorch's generators
+    are never touched, so dropout and data order are those of the stock model. Under torch.compile the
+    noise comes from PyTorch's own (compiled) generator.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed % 2**63
+        self.draws = 0
+
+    def uniform_like(self, x: Tensor) -> Tensor:
+        """fp32 noise in [0, 1) of x's shape, device and memory format."""
+        out = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
+        if torch.compiler.is_compiling():
+            return out.uniform_()
+        self.draws += 1
+        generator = torch.Generator(x.device).manual_seed((self.seed + self.draws * 0x9E3779B97F4A7C15) % 2**63)
+        return out.uniform_(generator=generator)
+
+
+class Codec:
+    """Base of all codecs. `kept` is the tuple of tensors that `encode` returned."""
+
+    shared = True  # may layers that read the same tensor share one code?
+
+    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        raise NotImplementedError
+
+    def linear_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor) -> Tensor:
+        """dW [out, in] of y = x W^T from dy [..., out]."""
+        x = self.decode(kept, like)
+        return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
+        """dW of conv.weight_shape from dy [N, O, H', W']."""
+        x = self.decode(kept, like)
+        weight = dy.new_empty(()).expand(conv.weight_shape)  # only its shape is read
+        return convolution_backward(dy, x, weight, conv, (False, True, False))[1]
+
+
+@dataclass(frozen=True)
+class Dense(Codec):
+    """Keeps the tensor as it is: what stock PyTorch does."""
+
+    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        return kept[0]
+
+
+def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: tuple[bool, bool, bool]):
+    """(dx, dw, db) of a 2-d convolution, None where the mask is False. Of a tensor not needed only the shape is read."""
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [dy.shape[1]], conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, mask
+    )
+
+
+def keep(codec: Codec, x: Tensor, noise: Noise, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
+    """x, cast to `dtype`, as `codec` keeps it: (like, kept).
+
+    The same x, unmodified, gives the same kept tensors for as long as they live.
+    """
+    if torch.compiler.is_compiling() or not codec.shared:
+        return _encode(codec, x, noise, dtype)
+    key = (codec, dtype, x._version)
+    like, references = getattr(x, "_actpress_kept", {}).get(key, (None, ()))
+    kept = tuple(reference() for reference in references)
+    if like is None or any(tensor is None for tensor in kept):
+        like, kept = _encode(codec, x, noise, dtype)
+        x._actpress_kept = {key: (like, [TensorWeakRef(tensor) for tensor in kept])}
+    return like, kept
+
+
+def _encode(codec: Codec, x: Tensor, noise: Noise, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
+    cast = x.detach().to(dtype)
+    return Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, noise)

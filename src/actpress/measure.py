@@ -1,0 +1,229 @@
+"""The ruler: saved bytes, peak bytes, throughput, gradient fidelity. All sizes are bytes, all times seconds.
+
+Saved bytes are exact, independent of the device, and need neither memory nor time when the tensors are fake
+(`fake_model`): "predicted" then. Saved is not peak: report both.
+"""
+
+import copy
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from actpress import swap
+
+
+class _Saved:
+    """What the graph holds in place of a saved tensor; it dies with the graph."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class SavedBytes:
+    """Context manager around a forward pass: the tensors its graph keeps for backward.
+
+    Unique storages, whole; parameters and buffers of the modules that ran, and copies of parameters in another dtype (autocast's),
+    are left out. Read `bytes` or `storages()` while the graph is alive. Counts nothing inside non-reentrant
+    checkpoints but their inputs, as nothing else is kept. `casts=False` leaves out the search for cast parameters, which needs a
+    dispatch mode; torch.compile does not compile under one.
+    """
+
+    def __init__(self, casts: bool = True):
+        self._casts = casts
+        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        self._model_storages: dict[int, Any] = {}  # key -> storage, held so that keys are not reused
+
+    def __enter__(self) -> "SavedBytes":
+        self._stack = ExitStack()
+        self._stack.callback(register_module_forward_pre_hook(self._see_module).remove)
+        self._stack.enter_context(saved_tensors_hooks(self._pack, lambda saved: saved.tensor))
+        if self._casts:
+            torch.clear_autocast_cache()  # a copy made earlier would go unseen
+            self._stack.enter_context(_ParameterCasts(self._model_storages))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def _see_module(self, module: nn.Module, args: Any) -> None:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            self._model_storages[_key(tensor)] = tensor.untyped_storage()
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(
+            tensor.detach() if tensor.requires_grad else tensor
+        )  # holding a node's output would leak the node
+        self._saved.add(saved)
+        return saved
+
+    def storages(self) -> dict[int, Tensor]:
+        """One saved tensor for each unique storage."""
+        kept = {_key(saved.tensor): saved.tensor for saved in self._saved}
+        return {key: tensor for key, tensor in kept.items() if key not in self._model_storages}
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages().values())
+
+
+class _ParameterCasts(TorchDispatchMode):
+    """Marks copies of known storages in another dtype as known too."""
+
+    def __init__(self, known: dict[int, Any]):
+        super().__init__()
+        self._known = known
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self._known:
+            self._known[_key(out)] = out.untyped_storage()
+        return out
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def saved_bytes(fn: Callable[[], Tensor]) -> int:
+    """Bytes kept for backward by fn, a forward pass that returns a scalar; real or fake tensors. See SavedBytes."""
+    with SavedBytes() as saved:
+        loss = fn()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"fn must return a scalar tensor, got {loss if not isinstance(loss, Tensor) else tuple(loss.shape)}"
+        )
+    return saved.bytes
+
+
+def authors_activation_bytes(
+    model: nn.Module, x: Tensor, y: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+) -> int:
+    """Activation memory as DIVISION and ActNN report it: allocated after the forward pass, less before the image copy,
+    less loss and logits. So the image counts, whether it is kept for backward or not."""
+    with SavedBytes() as saved:
+        logits = model(x)
+        loss = criterion(logits, y)
+    alive = saved.storages() | {_key(x): x}
+    return sum(
+        t.untyped_storage().nbytes() for key, t in alive.items() if key not in (_key(logits), _key(loss), _key(y))
+    )
+
+
+@contextmanager
+def fake_model(build: Callable[[], nn.Module]):
+    """A model of any size without memory: with fake_model(build) as model: ... tensors made inside are fake, on the CPU."""
+    with torch.device("meta"):
+        model = build()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield model.to_empty(device="cpu")
+
+
+def peak_bytes(step: Callable[[], Any], device: torch.device | str, state: Iterable[Any] = ()) -> int:
+    """Peak of live tensor memory while step() runs once.
+
+    CUDA: max_memory_allocated after a reset; run warm-up steps first. CPU: a tracker of live storages; `state` are the modules,
+    optimizers and tensors that exist before the step, which count too.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    tracker = MemTracker()
+    tracker.track_external(*state)
+    with tracker:
+        step()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def peak_reserved(device: torch.device | str) -> int | None:
+    """Bytes reserved at the peak by CUDA's caching allocator since the last reset; None on other devices."""
+    return torch.cuda.max_memory_reserved(device) if torch.device(device).type == "cuda" else None
+
+
+class Throughput(NamedTuple):
+    """Items per second over n timed steps."""
+
+    median: float
+    q25: float
+    q75: float
+    n: int
+
+
+def throughput(
+    step: Callable[[], Any], items: int, device: torch.device | str, warmup: int = 10, steps: int = 50
+) -> Throughput:
+    """Items per second of step(), which handles `items` items whose data lie on the device: CUDA events there, a wall clock elsewhere."""
+    for _ in range(warmup):
+        step()
+    seconds = []
+    cuda = torch.device(device).type == "cuda"
+    for _ in range(steps):
+        if cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begin)
+    return rates(seconds, items)
+
+
+def rates(seconds: list[float], items: int) -> Throughput:
+    """Times of steps of `items` items -> items per second."""
+    rate = [items / s for s in seconds]
+    q25, _, q75 = statistics.quantiles(rate, n=4, method="inclusive") if len(rate) > 1 else rate * 3
+    return Throughput(statistics.median(rate), q25, q75, len(rate))
+
+
+class Fidelity(NamedTuple):
+    """An approximate gradient g~ beside the exact g."""
+
+    cosine: float  # of g~ and g
+    norm_ratio: float  # |g~| / |g|
+
+
+def gradient_fidelity(model: nn.Module, method: swap.Method, batch: tuple[Tensor, Tensor]) -> dict[str, Fidelity]:
+    """Each parameter's gradient under `method` against the exact one, at the same weights on the same batch.
+
+    batch: (x, y), y class indices [N]; the loss is cross-entropy. Runs on copies, in the model's mode; random layers (dropout)
+    draw the same in both. Returns {parameter name: Fidelity}, and "total" for all parameters together. Parameters without a gradient are
+    left out.
+    """
+    x, y = batch
+    gradients = []
+    for changed in (False, True):
+        twin = copy.deepcopy(model)
+        if changed:
+            swap.apply(twin, method)
+        twin.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nn.functional.cross_entropy(twin(x), y).backward()
+        gradients.append({name: p.grad.double().flatten() for name, p in twin.named_parameters() if p.grad is not None})
+    exact, approximate = gradients
+    exact["total"], approximate["total"] = (torch.cat(list(g.values())) for g in gradients)
+    return {name: _fidelity(approximate[name], g) for name, g in exact.items()}
+
+
+def _fidelity(approximate: Tensor, exact: Tensor) -> Fidelity:
+    norms = approximate.norm(), exact.norm()
+    return Fidelity((approximate @ exact / (norms[0] * norms[1])).item(), (norms[0] / norms[1]).item())

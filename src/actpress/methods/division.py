@@ -1,0 +1,117 @@
+"""DIVISION (Wang et al., ICML 2023, arXiv 2208.04187): low frequencies in bf16, the rest in Q bits.
+
+The idea: the backward pass mainly uses the low-frequency part of an activation map, memory goes to the high-frequency part.
+Stock PyTorch keeps the input of every convolution and batch norm and the output of every ReLU, 32 bits per element each in
+fp32. We keep
+
+    Conv2d, BatchNorm2d, Linear inputs    block means + Q-bit rest, about Q + .26 bits per element at 56x56
+    ReLU, Dropout                         1 bit per element, exact
+    MaxPool2d                             8 bits per output, exact
+    AvgPool2d                             nothing, exact (stock keeps its input)
+
+Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
+rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
+kernels/division.py.
+
+Linear inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the
+minimum and maximum are per sample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from actpress import layers
+from actpress.codec import Codec, Like, Noise
+from actpress.kernels.bits import BITS
+from actpress.kernels.division import ALIGN, Code, code_bytes, decode_reference, encode_reference
+from actpress.swap import Method, Replacement
+
+
+@dataclass(frozen=True)
+class DivisionCodec(Codec):
+    """Block means and Q-bit rest of maps [N, C, H, W], or of tokens [..., L, F] seen as maps of L x F with blocks of tokens.
+
+    A tensor whose code would be no smaller than the tensor itself (maps of 1x1) is kept dense.
+    """
+
+    block: int
+    bits: int
+    align: str
+    layout: Literal["maps", "tokens"] = "maps"
+
+    @property
+    def shared(self) -> bool:  # the official code keeps one copy per reader
+        return self.align == "ceil"
+
+    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+        if x.numel() == 0:
+            return (x,)
+        maps = self._as_maps(x)
+        kernel = self._kernel(maps.shape)
+        if code_bytes(maps.shape, kernel, self.bits, self.align) >= x.numel() * x.itemsize:
+            return (x,)
+        return encode_reference(maps, noise.uniform_like(maps), kernel, self.bits, self.align)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        if len(kept) == 1:
+            return kept[0]
+        shape = self._as_maps(torch.empty(like.shape, device="meta")).shape
+        kernel = self._kernel(shape)
+        maps = decode_reference(Code(*kept), shape, like.dtype, like.channels_last, kernel, self.bits, self.align)
+        return maps.reshape(like.shape)
+
+    def _as_maps(self, x: Tensor) -> Tensor:
+        if self.layout == "maps":
+            return x
+        samples = x.shape[0] if x.dim() > 1 else 1
+        return x.reshape(samples, 1, -1, x.shape[-1])
+
+    def _kernel(self, shape: torch.Size) -> tuple[int, int]:
+        height, width = shape[2:]
+        if self.layout == "tokens":
+            return (min(self.block, height), 1)
+        if self.align == "authors":  # the official code looks at the height alone
+            return (min(self.block, height),) * 2
+        return (min(self.block, height), min(self.block, width))
+
+
+@dataclass(frozen=True)
+class Division(Method):
+    """DIVISION.
+
+    block: side of the averaged blocks, at least 1 (official: 8).
+    bits: Q, bits per element of the rest: 1, 2, 4 or 8 (official: 2 for CNNs, 4 for T5).
+    align: "ceil", blocks that cover the whole map, and one code for a tensor read by several layers; "authors", the layout
+        of the official CNN code: floor-mode blocks, one code per reader, Linear left dense.
+    Raises ValueError on other values.
+    """
+
+    block: int = 8
+    bits: int = 2
+    align: str = "ceil"
+
+    def __post_init__(self):
+        if not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"Division: block={self.block!r}, allowed: integers from 1")
+        if self.bits not in BITS:
+            raise ValueError(f"Division: bits={self.bits!r}, allowed: {', '.join(map(str, BITS))}")
+        if self.align not in ALIGN:
+            raise ValueError(f"Division: align={self.align!r}, allowed: {', '.join(ALIGN)}")
+
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        maps = DivisionCodec(self.block, self.bits, self.align)
+        rules = {
+            nn.Conv2d: Replacement(layers.Conv2d, maps),
+            nn.BatchNorm2d: Replacement(layers.BatchNorm2d, maps),
+            nn.ReLU: Replacement(layers.ReLU),
+            nn.Dropout: Replacement(layers.Dropout),
+            nn.MaxPool2d: Replacement(layers.MaxPool2d),
+            nn.AvgPool2d: Replacement(layers.AvgPool2d),
+        }
+        if self.align == "ceil":
+            rules[nn.Linear] = Replacement(layers.Linear, DivisionCodec(self.block, self.bits, self.align, "tokens"))
+        return rules

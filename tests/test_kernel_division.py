@@ -1,0 +1,101 @@
+"""DIVISION's code of a map: the reference against the formulas, on ugly sizes."""
+
+import pytest
+import torch
+
+from actpress.kernels.division import _bf16_floor, code_bytes, decode_reference, encode_reference
+
+SHAPES = [(1, 1, 1, 2), (2, 3, 7, 7), (1, 5, 28, 28), (3, 2, 14, 9), (2, 4, 8, 8), (1, 2, 33, 65)]
+
+
+def code_and_decode(x, noise, bits, align="ceil", block=8):
+    kernel = (min(block, x.shape[2]), min(block, x.shape[3])) if align == "ceil" else (min(block, x.shape[2]),) * 2
+    code = encode_reference(x, noise, kernel, bits, align)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return code, decode_reference(code, x.shape, x.dtype, channels_last, kernel, bits, align)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_error_is_below_one_step(shape, bits):
+    x = torch.randn(shape) * 3 + 1
+    code, decoded = code_and_decode(x, torch.rand(shape), bits)
+    error = (decoded - x).abs()
+    # one step of stochastic rounding, plus fp32 rounding of the sums
+    assert (error <= code.step.float() + 1e-5).all(), f"x~: largest error {error.max()}, largest step {code.step.max()}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("align", ["ceil", "authors"])
+def test_bytes_are_as_declared(shape, align):
+    if align == "authors" and shape[3] < min(8, shape[2]):
+        pytest.skip("the official layout pools with the height's block and needs a map at least that wide")
+    code, _ = code_and_decode(torch.randn(shape), torch.rand(shape), 2, align)
+    kernel = (min(8, shape[2]), min(8, shape[3])) if align == "ceil" else (min(8, shape[2]),) * 2
+    assert sum(t.nbytes for t in code) == code_bytes(torch.Size(shape), kernel, 2, align)
+
+
+@pytest.mark.parametrize(
+    "size,bits_per_element", [(224, 2.25), (56, 2.26), (32, 2.28), (16, 2.38), (8, 2.75), (4, 5.0)]
+)
+def test_bits_per_element_of_the_formula(size, bits_per_element):
+    shape = torch.Size((2, 3, size, size))
+    measured = 8 * code_bytes(shape, (min(8, size),) * 2, 2, "ceil") / shape.numel()
+    assert measured == pytest.approx(bits_per_element, abs=0.006)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_rounding_is_unbiased(bits):
+    """The mean over all noise is x. With n evenly spread noise values a rounding of v to neighbours has mean v within 1/n."""
+    x, n = torch.randn(2, 3, 9, 9), 256
+    total = torch.zeros_like(x)
+    for i in range(n):
+        code, decoded = code_and_decode(x, torch.full_like(x, (i + 0.5) / n), bits)
+        total += decoded
+    bias = (total / n - x).abs() / code.step.float()
+    assert bias.max() < 1.01 / n, (
+        f"x~: the mean is {bias.max():.4f} steps from x, at most {1 / n:.4f} is due to n = {n}"
+    )
+
+
+def test_every_code_is_in_range_with_the_largest_noise():
+    x = torch.randn(4, 3, 12, 12)
+    _, low = code_and_decode(x, torch.zeros_like(x), 2)
+    code, high = code_and_decode(x, torch.full_like(x, 1 - 2**-24), 2)
+    assert ((high - low) <= code.step.float() + 1e-5).all()  # a code spilled into its neighbour would jump by more
+
+
+@pytest.mark.parametrize("value", [0.0, 3.1415926, -1e-20, 1e30])
+def test_constant_map_is_kept_to_bf16(value):
+    x = torch.full((1, 2, 5, 5), value)
+    _, decoded = code_and_decode(x, torch.rand(x.shape), 2)
+    assert torch.allclose(decoded, x, rtol=1e-5, atol=0)  # the rest corrects the rounding of the mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("align", ["ceil", "authors"])
+def test_channels_last_gives_the_same_values(dtype, align):
+    x, noise = torch.randn(2, 5, 11, 13).to(dtype), torch.rand(2, 5, 11, 13)
+    _, expected = code_and_decode(x, noise, 2, align)
+    nhwc = x.to(memory_format=torch.channels_last)
+    _, decoded = code_and_decode(nhwc, noise.to(memory_format=torch.channels_last), 2, align)
+    assert decoded.dtype == dtype and decoded.is_contiguous(memory_format=torch.channels_last)
+    # the mean of a block is summed in another order: its bf16 rounding may differ, one step in the code
+    assert (decoded - expected).abs().double().mean() < 1e-2 * expected.abs().double().mean()
+
+
+def test_aligned_blocks_follow_smooth_maps_better_than_the_official_floor_mode():
+    ramp = torch.linspace(-1, 1, 28)
+    x = (ramp[:, None] * ramp[None, :]).expand(1, 1, 28, 28).contiguous()
+    error = {
+        align: (code_and_decode(x, torch.full_like(x, 0.5), 2, align)[1] - x).square().mean()
+        for align in ("ceil", "authors")
+    }
+    assert error["ceil"] < error["authors"]
+
+
+def test_bf16_floor_is_the_largest_value_not_above():
+    x = torch.randn(10000) * torch.logspace(-20, 20, 10000)
+    floor = _bf16_floor(x).float()
+    above = torch.nextafter(_bf16_floor(x), torch.tensor(torch.inf, dtype=torch.bfloat16)).float()
+    assert (floor <= x).all() and (above > x).all()

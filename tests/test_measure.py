@@ -1,0 +1,139 @@
+"""The ruler against sizes worked out by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from actpress import measure
+from actpress.methods import Division, Stock
+
+
+def chain():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+X_BYTES, HIDDEN_BYTES, OUT_BYTES = 3 * 8 * 4, 3 * 16 * 4, 3 * 4 * 4
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    net, x = chain(), torch.randn(3, 8)
+    # x for the first layer's weight; ReLU's output, which the last layer reads too
+    assert measure.saved_bytes(lambda: net(x).sum()) == X_BYTES + HIDDEN_BYTES
+    assert measure.saved_bytes(lambda: net(x).square().sum()) == X_BYTES + HIDDEN_BYTES + OUT_BYTES
+
+
+def test_saved_bytes_of_a_view_is_its_whole_storage():
+    x = torch.randn(10, 8, requires_grad=True)
+    assert measure.saved_bytes(lambda: (x[:1] * 2).square().sum()) == 8 * 4
+    y = torch.randn(10, 8)
+    assert measure.saved_bytes(lambda: (x[:1] * y[:1]).sum()) == y.nbytes
+
+
+def test_saved_bytes_leaves_out_buffers_but_not_batch_statistics():
+    net, x = nn.BatchNorm2d(4), torch.randn(2, 4, 3, 3)
+    assert measure.saved_bytes(lambda: net(x).sum()) == x.nbytes + 2 * 4 * 4  # mean and inverse deviation
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["autocast inside", "autocast outside"])
+def test_saved_bytes_leaves_out_autocast_copies_of_parameters(outside):
+    net, x = chain(), torch.randn(3, 8)
+    expected = (X_BYTES + HIDDEN_BYTES) // 2
+
+    def loss():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x).sum()
+
+    if outside:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net(x)  # fills autocast's cache
+            assert measure.saved_bytes(lambda: net(x).sum()) == expected
+    else:
+        assert measure.saved_bytes(loss) == expected
+
+
+def test_saved_bytes_is_zero_without_a_graph():
+    net, x = chain(), torch.randn(3, 8)
+    with torch.no_grad():
+        assert measure.saved_bytes(lambda: net(x).sum()) == 0
+
+
+def test_saved_bytes_forgets_a_dropped_graph():
+    net, x = chain(), torch.randn(3, 8)
+
+    def loss():
+        net(torch.randn(100, 8)).sum()
+        return net(x).sum()
+
+    assert measure.saved_bytes(loss) == X_BYTES + HIDDEN_BYTES
+
+
+def test_saved_bytes_of_a_checkpoint_is_its_input():
+    net, x = chain(), torch.randn(3, 8, requires_grad=True)
+    assert measure.saved_bytes(lambda: checkpoint(net, x, use_reentrant=False).sum()) == X_BYTES
+
+
+def test_saved_bytes_wants_a_scalar():
+    with pytest.raises(ValueError, match=r"scalar.*\(3, 4\)"):
+        measure.saved_bytes(lambda: chain()(torch.randn(3, 8)))
+
+
+def test_the_measured_step_can_go_backward():
+    net, x = chain(), torch.randn(3, 8)
+    with measure.SavedBytes() as saved:
+        loss = net(x).sum()
+    assert saved.bytes > 0
+    loss.backward()
+    del loss
+    assert saved.bytes == 0
+
+
+@pytest.mark.parametrize("method", [Stock(), Division()], ids=lambda m: type(m).__name__)
+def test_fake_tensors_give_the_bytes_of_real_ones(method):
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 49, 10)
+        )
+
+    def loss(net):
+        return F.cross_entropy(net(torch.ones(4, 3, 16, 16)), torch.zeros(4, dtype=torch.long))
+
+    real = build()
+    measure.swap.apply(real, method)
+    with measure.fake_model(build) as fake:
+        measure.swap.apply(fake, method)
+        predicted = measure.saved_bytes(lambda: loss(fake))
+    assert predicted == measure.saved_bytes(lambda: loss(real))
+
+
+def test_peak_bytes_of_a_chain():
+    net, x = chain(), torch.randn(1000, 8)
+    parameters = sum(p.nbytes for p in net.parameters())
+
+    def step():
+        net(x).sum().backward()
+
+    forward = 1000 * 16 * 4 * 2  # the last linear's input and the gradient that reaches it
+    peak = measure.peak_bytes(step, "cpu", (net, x))
+    assert forward + x.nbytes + 2 * parameters <= peak <= 1.6 * forward + x.nbytes + 3 * parameters
+
+
+def test_throughput_counts_items():
+    result = measure.throughput(lambda: torch.ones(100).sum(), items=7, device="cpu", warmup=1, steps=5)
+    assert result.n == 5 and result.q25 <= result.median <= result.q75
+    assert measure.rates([0.5, 0.5, 0.25], 10).median == 20
+
+
+def test_gradient_fidelity_of_stock_is_perfect_and_leaves_the_model_alone():
+    net, batch = chain(), (torch.randn(6, 8), torch.randint(4, (6,)))
+    before = copy.deepcopy(net.state_dict())
+    result = measure.gradient_fidelity(net, Stock(), batch)
+    assert set(result) == {*dict(net.named_parameters()), "total"}
+    assert all(
+        f.cosine == pytest.approx(1, abs=1e-9) and f.norm_ratio == pytest.approx(1, abs=1e-9) for f in result.values()
+    )
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())

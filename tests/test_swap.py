@@ -1,0 +1,153 @@
+"""Applying methods: what is replaced, what is refused, what is shared."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import actpress
+from actpress import layers, measure, swap
+from actpress.methods import Division, Stock
+
+
+def test_report_names_what_changed_and_what_did_not():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.GELU()))
+    report = actpress.apply(net, Division())
+    assert report.replaced == {"0": ("nn.Conv2d", "actpress.Conv2d"), "1.0": ("nn.BatchNorm2d", "actpress.BatchNorm2d")}
+    assert report.untouched == {"1.1": "nn.GELU"}
+    assert "1  nn.Conv2d -> actpress.Conv2d" in str(report)
+
+
+def test_a_model_that_is_one_layer_is_replaced_too():
+    net = nn.Conv2d(3, 4, 3)
+    assert actpress.apply(net, Division()).replaced == {"": ("nn.Conv2d", "actpress.Conv2d")}
+    assert type(net) is layers.Conv2d
+
+
+def test_subclasses_with_a_forward_of_their_own_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Scaled(2, 2), nn.ReLU())
+    assert list(actpress.apply(net, Division()).replaced) == ["1"]
+
+
+def test_no_matching_layer_is_an_error_that_names_the_layers():
+    with pytest.raises(ValueError, match=r"Division.*matches no module of Sequential.*nn\.GELU, nn\.Identity"):
+        actpress.apply(nn.Sequential(nn.GELU(), nn.Identity()), Division())
+    net = nn.Sequential(nn.ReLU())
+    actpress.apply(net, Division())
+    with pytest.raises(ValueError, match="matches no module"):
+        actpress.apply(net, Division())
+
+
+def test_stock_replaces_nothing():
+    assert actpress.apply(nn.Sequential(nn.ReLU()), Stock()).replaced == {}
+
+
+def test_a_method_must_be_a_method():
+    with pytest.raises(TypeError, match="division"):
+        actpress.apply(nn.ReLU(), "division")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"bits": 3}, "bits=3, allowed: 1, 2, 4, 8"),
+        ({"block": 0}, "block=0, allowed: integers from 1"),
+        ({"block": 2.5}, "block=2.5, allowed"),
+        ({"align": "floor"}, "align='floor', allowed: ceil, authors"),
+    ],
+)
+def test_bad_arguments_name_the_value_and_the_allowed_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Division(**arguments)
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("align,copies", [("ceil", 1), ("authors", 2)])
+def test_one_tensor_read_by_two_layers_is_encoded_once(align, copies):
+    net, x = TwoReaders(), torch.randn(2, 4, 16, 16)
+    actpress.apply(net, Division(align=align))
+    once = measure.saved_bytes(lambda: net.a(x).sum())
+    assert measure.saved_bytes(lambda: net(x).sum()) == copies * once
+    assert net.a.noise.draws == copies + 1
+
+
+def test_a_changed_tensor_is_encoded_again():
+    net, x = TwoReaders(), torch.randn(2, 4, 16, 16)
+    actpress.apply(net, Division(bits=8))
+    y = net.a(x)
+    x.mul_(-1)
+    (y + net.b(x)).sum().backward()
+    stock = TwoReaders()
+    stock.load_state_dict(net.state_dict())
+    stock.b(x).sum().backward()
+    assert (
+        torch.nn.functional.cosine_similarity(net.b.weight.grad.flatten(), stock.b.weight.grad.flatten(), dim=0) > 0.999
+    )
+    assert (
+        torch.nn.functional.cosine_similarity(net.a.weight.grad.flatten(), stock.b.weight.grad.flatten(), dim=0)
+        < -0.999
+    )
+
+
+def test_the_code_is_not_kept_once_the_graph_is_gone():
+    net, x = TwoReaders(), torch.randn(2, 4, 16, 16)
+    actpress.apply(net, Division())
+    net(x).sum().backward()
+    ((_, references),) = x._actpress_kept.values()
+    assert all(reference() is None for reference in references)
+    net(x).sum().backward()
+    assert net.a.noise.draws == 2  # new noise for the same batch
+
+
+def test_noise_is_reproducible_and_can_be_put_back():
+    x = torch.randn(2, 4, 16, 16)
+
+    def gradient(net):
+        net.zero_grad()
+        net(x.clone()).square().sum().backward()
+        return net.a.weight.grad.clone()
+
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        net = TwoReaders()
+        actpress.apply(net, Division())
+        nets.append(net)
+    first, second = gradient(nets[0]), gradient(nets[0])
+    assert torch.equal(gradient(nets[1]), first) and not torch.equal(second, first)
+    state = swap.noise_state(nets[0])
+    third = gradient(nets[0])
+    swap.load_noise_state(nets[0], state)
+    assert torch.equal(gradient(nets[0]), third)
+    assert swap.noise_state(TwoReaders()) == {}
+    with pytest.raises(ValueError, match="does not fit"):
+        swap.load_noise_state(TwoReaders(), state)
+
+
+def test_the_global_generator_is_not_touched():
+    net, x = TwoReaders(), torch.randn(2, 4, 16, 16)
+    actpress.apply(net, Division())
+    state = torch.get_rng_state()
+    net(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hooks_on_replaced_modules_still_run():
+    net, seen = copy.deepcopy(TwoReaders()), []
+    net.a.register_forward_hook(lambda *_: seen.append("a"))
+    actpress.apply(net, Division())
+    net(torch.randn(1, 4, 8, 8))
+    assert seen == ["a"]
