@@ -4,6 +4,7 @@ report = actpress.apply(model, actpress.methods.Division(bits=2))
 """
 
 from actpress import measure, methods
+from actpress.audit import Audit, audit
 from actpress.swap import Report, apply
 
-__all__ = ["Report", "apply", "measure", "methods"]
+__all__ = ["Audit", "Report", "apply", "audit", "measure", "methods"]

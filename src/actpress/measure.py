@@ -60,7 +60,7 @@ class SavedBytes:
 
     def _see_module(self, module: nn.Module, args: Any) -> None:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            self._model_storages[_key(tensor)] = tensor.untyped_storage()
+            self._model_storages[storage_key(tensor)] = tensor.untyped_storage()
 
     def _pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(
@@ -71,7 +71,7 @@ class SavedBytes:
 
     def storages(self) -> dict[int, Tensor]:
         """One saved tensor for each unique storage."""
-        kept = {_key(saved.tensor): saved.tensor for saved in self._saved}
+        kept = {storage_key(saved.tensor): saved.tensor for saved in self._saved}
         return {key: tensor for key, tensor in kept.items() if key not in self._model_storages}
 
     @property
@@ -88,12 +88,13 @@ class _ParameterCasts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self._known:
-            self._known[_key(out)] = out.untyped_storage()
+        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._known:
+            self._known[storage_key(out)] = out.untyped_storage()
         return out
 
 
-def _key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """The same for tensors that share their memory; reused once the memory is gone."""
     return tensor.untyped_storage()._cdata
 
 
@@ -116,9 +117,11 @@ def authors_activation_bytes(
     with SavedBytes() as saved:
         logits = model(x)
         loss = criterion(logits, y)
-    alive = saved.storages() | {_key(x): x}
+    alive = saved.storages() | {storage_key(x): x}
     return sum(
-        t.untyped_storage().nbytes() for key, t in alive.items() if key not in (_key(logits), _key(loss), _key(y))
+        t.untyped_storage().nbytes()
+        for key, t in alive.items()
+        if key not in (storage_key(logits), storage_key(loss), storage_key(y))
     )
 
 

@@ -1,0 +1,64 @@
+"""What holds the activations of a model, and what would a method save?
+
+python scripts/audit.py model=resnet50 method=division batch=256        one method, or several: method=[division,...]
+python scripts/audit.py model=resnet18 data=cifar10 batch=128 top=10    the ten largest; stock alone
+
+batch: images (default 64). top: lines (default all). precision: fp32 (default), bf16, fp16. Everything else is an override of
+configs/train.yaml; the images are ImageNet's size unless data= says otherwise. Predicted with fake tensors: nothing is allocated.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+
+import actpress
+from actpress import cli
+from actpress.run import InputError, bad_input
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(arguments: list[str]) -> None:
+    options = {"batch": "64", "top": "0", "precision": "fp32", "method": "none"}
+    overrides = ["data=imagenet"]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in options and equals:
+            options[key] = value
+        else:
+            overrides.append(argument)
+    with bad_input():
+        batch, top = (natural(key, options[key]) for key in ("batch", "top"))
+        if options["precision"] not in DTYPES:
+            raise ValueError(f"precision={options['precision']} is unknown; choose one of {', '.join(DTYPES)}")
+        if batch == 0:
+            raise ValueError("batch=0, allowed: whole numbers from 1")
+        names = options["method"].strip("[]").split(",")
+        configs = [cli.compose([*overrides, f"method={name.strip()}"], CONFIGS) for name in names]
+        methods = [hydra.utils.instantiate(cfg.method) for cfg in configs]
+        with torch.device("meta"):
+            model = hydra.utils.instantiate(configs[0].model)
+        size = configs[0].data.image_size
+        methods = [method for method in methods if method.changes_model]
+        result = actpress.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
+    print(
+        f"{configs[0].model.name}, batch {batch}, {size}x{size}, {options['precision']}: kept for backward, predicted"
+    )
+    print(result.table(top or None))
+
+
+def natural(key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise ValueError(f"{key}={value}, allowed: whole numbers from 0")
+    return int(value)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(cli.BAD_INPUT)

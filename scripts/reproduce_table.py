@@ -1,0 +1,170 @@
+"""Regenerate published tables: measured | paper | difference.
+
+python scripts/reproduce_table.py                      what this machine can do, on one page: results/tables/index.md
+python scripts/reproduce_table.py division_memory      tables by name (configs/tables/*.yaml)
+python scripts/reproduce_table.py [NAME] dry=true      print what would be run, and run nothing
+
+Memory tables are predicted with fake tensors. Training tables are made of the records of runs; runs that have none are trained first,
+so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from actpress import cli, record, tables
+from actpress.run import InputError, bad_input, files_of
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+PAGES = ROOT / "results" / "tables"
+FINISHED = ("ok", "oom", "diverged")
+
+
+def main(arguments: list[str]) -> None:
+    with bad_input():
+        names, dry = parse(arguments)
+        folder = CONFIGS / "tables"
+        wanted = [tables.load(folder, name) for name in names or tables.names(folder)]
+    wanted = [table for table in wanted if names or table.default]
+    if dry:
+        print("\n".join(line for table in wanted for line in plan(table)))
+        return
+    pages = [make(table) for table in wanted]
+    if not names:
+        write_text(PAGES / "index.md", "# Reproduced on one machine\n\n" + "\n".join(pages))
+
+
+def parse(arguments: list[str]) -> tuple[list[str], bool]:
+    """(table names, dry) of the command line."""
+    names = [argument for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    for key, value in options.items():
+        if key != "dry" or value not in ("true", "false"):
+            raise ValueError(f"option {key}={value} is unknown; allowed: dry=true, dry=false")
+    return names, options.get("dry") == "true"
+
+
+def plan(table: tables.Table) -> list[str]:
+    """What making the table would do, a line for each cell."""
+    lines = [f"{table.name}: {table.title}"]
+    for cell in table.cells:
+        name = ", ".join(map(str, cell.labels.values()))
+        if cell.requires:
+            lines.append(f"  {name}: not run here, needs {cell.requires}")
+        elif table.kind == "memory":
+            lines.append(f"  {name}: predicted with fake tensors, seconds, no data  [{' '.join(cell.overrides)}]")
+        else:
+            for seed in table.seeds:
+                cfg = compose(cell, seed)
+                todo = "a record is there" if usable(table, cfg) else f"to train, {cfg.recipe.epochs} epochs"
+                lines.append(f"  {name}, seed {seed}: {record.run_id(cfg)}, {todo}  [{' '.join(cell.overrides)}]")
+    return lines
+
+
+def make(table: tables.Table) -> str:
+    """Measure, render and write one table; returns its Markdown."""
+    print(table.title, flush=True)
+    measured: list[tables.Values] = []
+    environments: list[dict[str, Any]] = []
+    for cell in table.cells:
+        values = []
+        for seed in () if cell.requires else table.seeds:
+            numbers, environment = (predict if table.kind == "memory" else train)(table, cell, seed)
+            values.append(numbers)
+            environments.append(environment)
+            shown = ", ".join(f"{m.label} {m.show(numbers.get(key))}" for key, m in table.metrics.items())
+            print(f"  {', '.join(map(str, cell.labels.values()))}: {shown}", flush=True)
+        measured.append(values)
+    results = tables.summarise(table, measured)
+    text = tables.render(table, results, provenance(table, environments))
+    record.write(PAGES / f"{table.name}.json", tables.as_json(table, results, environments[0] if environments else {}))
+    write_text(PAGES / f"{table.name}.md", text)
+    return text
+
+
+def predict(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(predicted bytes, environment) of a cell of a memory table."""
+    cfg = compose(cell, seed)
+    numbers = tables.memory(
+        lambda: hydra.utils.instantiate(cfg.model),
+        hydra.utils.instantiate(cfg.method),
+        cfg.recipe.batch_size,
+        cfg.data.image_size,
+        cfg.runtime.precision,
+    )
+    return numbers, record.environment("cpu")
+
+
+def train(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, environment) of a cell of a training table, from its record; trained first if there is none."""
+    cfg = compose(cell, seed)
+    path = ROOT / files_of(cfg).record
+    if not usable(table, cfg):
+        anew = "resume=false" if path.exists() else "resume=true"
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "train.py"),
+            *cell.overrides,
+            f"seed={seed}",
+            "logger=none",
+            anew,
+        ]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if code not in (0, cli.UNHAPPY_END):
+            raise InputError(f"training {record.run_id(cfg)} failed with exit code {code}; its message is above")
+    found = record.read(path)
+    metrics = found["metrics"] | {"train_images_per_s": (found["metrics"]["train_images_per_s"] or {}).get("median")}
+    if found["status"] != "ok":
+        metrics = dict.fromkeys(metrics, found["status"].upper())
+    return metrics, found["environment"]
+
+
+def usable(table: tables.Table, cfg: DictConfig) -> bool:
+    """Whether the run's record can stand in the table: it ended, and, where the table wants it, here and with this source."""
+    path = ROOT / files_of(cfg).record
+    if not path.exists() or (found := record.read(path))["status"] not in FINISHED:
+        return False
+    here, there = record.environment("cpu"), found["environment"]
+    same = ("device", "torch", "commit", "dirty")
+    return table.reuse == "any" or (not here["dirty"] and all(here[key] == there[key] for key in same))
+
+
+def compose(cell: tables.Cell, seed: int) -> DictConfig:
+    """The training config of a cell."""
+    return cli.compose([*cell.overrides, f"seed={seed}"], CONFIGS)
+
+
+def provenance(table: tables.Table, environments: list[dict[str, Any]]) -> str:
+    """One line: how the numbers came about, where, with which versions."""
+    how = (
+        "Predicted with fake tensors"
+        if table.kind == "memory"
+        else f"Measured, seeds {', '.join(map(str, table.seeds))}"
+    )
+    places = sorted(
+        {
+            f"{e['device']} ({e['device_type']}), torch {e['torch']}, Python {e['python']}, "
+            f"commit {(e['commit'] or 'unknown')[:10]}{' with changes' if e['dirty'] else ''}"
+            for e in environments
+        }
+    )
+    return f"{how}: {'; '.join(places)}." if places else "Nothing was run."
+
+
+def write_text(path: Path, text: str) -> None:
+    with record.replacing(path) as file:
+        file.write(text.encode())
+    print(f"wrote {path.relative_to(ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(cli.BAD_INPUT)

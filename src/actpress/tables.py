@@ -1,0 +1,305 @@
+"""Tables: what a paper printed beside what was measured here.
+
+A table is a YAML file in configs/tables: rows, the Hydra overrides that make them, the paper's numbers, tolerances. `load` checks it
+and expands it into cells; something else measures them (`memory` here, training runs through their records); `render` writes
+Markdown. A number that was not measured reads "not run" and says what it needs; the paper's "OOM" is a value like any other.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from actpress import measure, swap
+
+KINDS = ("memory", "training")
+UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0}
+DECIMALS = {"GiB": 3, "MiB": 1, "%": 2, "images/s": 0}
+VERSUS = ("ratio", "difference")
+REUSE = (
+    "any",
+    "here",
+)  # "here": of this device and this commit only; for tables so short that they are better trained anew
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column. tolerance: relative difference to the paper that counts as reproduced. versus_baseline: how a cell is set against
+    the baseline row: "ratio" (baseline / cell) or "difference" (cell - baseline)."""
+
+    label: str
+    unit: str
+    tolerance: float | None = None
+    versus_baseline: str | None = None
+
+    def text(self, value: Any) -> str:
+        """A value in the metric's unit; words ("OOM") as they are, None as "not available"."""
+        if value is None:
+            return "not available"
+        return value if isinstance(value, str) else f"{value:.{DECIMALS[self.unit]}f}"
+
+    def printed(self, value: Any) -> str:
+        """A number of the paper's, which is in the metric's unit and has the paper's own precision."""
+        return self.text(value) if value is None or isinstance(value, str) else f"{value:g}"
+
+    def show(self, value: Any) -> str:
+        """A measured value (bytes, percent, images/s) with its unit."""
+        return (
+            f"{self.text(value / UNITS[self.unit])} {self.unit}"
+            if isinstance(value, (int, float))
+            else self.text(value)
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the rendered table. paper: metric -> number in the metric's unit, or a word. requires: what is missing to run it."""
+
+    labels: dict[str, Any]
+    overrides: tuple[str, ...]
+    paper: dict[str, Any]
+    requires: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    source: str
+    kind: str
+    metrics: dict[str, Metric]
+    cells: list[Cell]
+    baseline: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    notes: tuple[str, ...] = ()
+    default: bool = False  # part of what `make reproduce-table` does without a name
+    reuse: str = "any"  # which records of finished runs may stand in it
+
+
+Values = list[dict[str, Any]]  # one {metric: value in bytes, percent or images/s, or a word} for each seed
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the tables in a folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load(folder: Path, name: str) -> Table:
+    """Read and expand configs/tables/<name>.yaml. Raises ValueError naming what is wrong and what is allowed."""
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"table {name!r} not found, allowed: {', '.join(names(folder))}")
+    raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    _allowed(name, "kind", raw.get("kind"), KINDS)
+    metrics = {key: Metric(**value) for key, value in raw["metrics"].items()}
+    for metric in metrics.values():
+        _allowed(name, "unit", metric.unit, UNITS)
+        _allowed(name, "versus_baseline", metric.versus_baseline, (None, *VERSUS))
+    cells = [
+        cell for row in raw["rows"] for cell in _expand(name, row, raw.get("common", []), raw.get("sweep", {}), metrics)
+    ]
+    _allowed(name, "reuse", raw.get("reuse", "any"), REUSE)
+    return Table(
+        name,
+        raw["title"],
+        raw["source"],
+        raw["kind"],
+        metrics,
+        cells,
+        raw.get("baseline", {}),
+        tuple(raw.get("seeds", (0,))),
+        tuple(raw.get("notes", ())),
+        raw.get("default", False),
+        raw.get("reuse", "any"),
+    )
+
+
+def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics: Mapping[str, Metric]) -> list[Cell]:
+    """One row of the file -> one cell for each value of the (single) swept label."""
+    paper = row.get("paper", {})
+    for metric in paper:
+        _allowed(name, "paper metric", metric, metrics)
+    overrides = (*common, *row.get("overrides", ()))
+    if not sweep:
+        return [Cell(row["labels"], overrides, paper, row.get("requires"))]
+    ((label, swept),) = sweep.items()
+    for metric, numbers in paper.items():
+        if len(numbers) != len(swept["values"]):
+            raise ValueError(
+                f"table {name}: {len(numbers)} paper numbers of {metric} for {len(swept['values'])} values of {label}"
+            )
+    return [
+        Cell(
+            row["labels"] | {label: value},
+            (*overrides, f"{swept['override']}={value}"),
+            {metric: numbers[i] for metric, numbers in paper.items()},
+            row.get("requires"),
+        )
+        for i, value in enumerate(swept["values"])
+    ]
+
+
+def _allowed(table: str, what: str, value: Any, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"table {table}: {what} {value!r}, allowed: {', '.join(map(str, allowed))}")
+
+
+def memory(
+    build: Callable[[], nn.Module], method: swap.Method, batch: int, image_size: int, precision: str
+) -> dict[str, int]:
+    """Predicted memory of one training step, in bytes, with fake tensors: nothing is allocated.
+
+    precision: fp32, bf16 or fp16 (autocast). Cross-entropy; SGD with momentum. authors_activation: see measure. authors_total is that
+    plus parameters, buffers, gradients and momentum plus the image, which DIVISION's authors count before and after backward.
+    """
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with measure.fake_model(build) as model, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        swap.apply(model, method)
+        x, y = torch.empty(batch, 3, image_size, image_size), torch.empty(batch, dtype=torch.long)
+        saved = measure.saved_bytes(lambda: nn.functional.cross_entropy(model(x), y))
+        activation = measure.authors_activation_bytes(model, x, y, nn.functional.cross_entropy)
+        parameters = sum(p.nbytes for p in model.parameters())
+        state = 3 * parameters + sum(b.nbytes for b in model.buffers())
+        return {
+            "saved_bytes": saved,
+            "parameter_bytes": parameters,
+            "authors_activation": activation,
+            "authors_total": activation + state + x.nbytes,
+        }
+
+
+@dataclass
+class Summary:
+    """One metric of one cell: mean and deviation over the seeds that gave a number, in the metric's unit."""
+
+    mean: float | str | None = None  # a word ("OOM", "diverged") if no seed gave a number
+    deviation: float | None = None
+    n: int = 0
+    difference: float | None = None  # relative, to the paper
+    within: bool | None = None
+    versus: float | None = None  # to the baseline, as the metric says
+
+
+@dataclass
+class Result:
+    """A cell and what was measured for it."""
+
+    cell: Cell
+    values: Values = field(default_factory=list)
+    summaries: dict[str, Summary] = field(default_factory=dict)
+
+
+def summarise(table: Table, values: list[Values]) -> list[Result]:
+    """values: for each cell of the table the measured dicts, one a seed; empty where nothing was run."""
+    results = [Result(cell, measured) for cell, measured in zip(table.cells, values, strict=True)]
+    for result in results:
+        for name, metric in table.metrics.items():
+            result.summaries[name] = _summary(metric, [v.get(name) for v in result.values], result.cell.paper.get(name))
+    for result in results:
+        base = next((r for r in results if r.cell.labels == result.cell.labels | table.baseline), None)
+        for name, metric in table.metrics.items():
+            if base is not None and base is not result and metric.versus_baseline:
+                result.summaries[name].versus = _versus(metric, result.summaries[name].mean, base.summaries[name].mean)
+    return results
+
+
+def _summary(metric: Metric, values: list[Any], paper: Any) -> Summary:
+    numbers = [value / UNITS[metric.unit] for value in values if isinstance(value, (int, float))]
+    if not numbers:
+        words = [value for value in values if isinstance(value, str)]
+        return Summary(words[0] if words else None)
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    summary = Summary(statistics.fmean(numbers), deviation, len(numbers))
+    if isinstance(paper, (int, float)):
+        summary.difference = summary.mean / paper - 1
+        summary.within = None if metric.tolerance is None else abs(summary.difference) <= metric.tolerance
+    return summary
+
+
+def _versus(metric: Metric, mean: Any, base: Any) -> float | None:
+    if not isinstance(mean, float) or not isinstance(base, float):
+        return None
+    return base / mean if metric.versus_baseline == "ratio" else mean - base
+
+
+def render(table: Table, results: list[Result], provenance: str) -> str:
+    """The table as Markdown: for each metric measured | paper | difference | within tolerance, as far as it has them."""
+    labels = list(table.cells[0].labels)
+    columns = [(name, metric, any(name in r.cell.paper for r in results)) for name, metric in table.metrics.items()]
+    head = list(labels)
+    measured = "measured (fake tensors)" if table.kind == "memory" else "measured"
+    for _, metric, has_paper in columns:
+        head.append(f"{metric.label}, {metric.unit}: {measured}")
+        head += ["paper", "difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
+        head += [f"vs {'/'.join(map(str, table.baseline.values()))}"] if metric.versus_baseline else []
+    lines = [f"## {table.title}", "", f"Source: {table.source}.", "", _row(head), _row(["---"] * len(head))]
+    for result in results:
+        row = [str(result.cell.labels[label]) for label in labels]
+        for name, metric, has_paper in columns:
+            summary = result.summaries[name]
+            row.append(_measured(metric, summary, result.cell.requires if name == columns[0][0] else None))
+            if has_paper and metric.tolerance:
+                row += [
+                    metric.printed(result.cell.paper.get(name)),
+                    _signed(summary.difference),
+                    _verdict(summary.within),
+                ]
+            if metric.versus_baseline:
+                row.append(_versus_text(metric, summary.versus))
+        lines.append(_row(row))
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), "", provenance, ""])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _measured(metric: Metric, summary: Summary, requires: str | None) -> str:
+    if summary.mean is None:
+        return f"not run (needs {requires})" if requires else "not run"
+    text = metric.text(summary.mean)
+    if summary.deviation is not None:
+        text += f" ± {metric.text(summary.deviation)}"
+    return f"{text} (n={summary.n})" if summary.n > 1 else text
+
+
+def _signed(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:+.1%}"
+
+
+def _verdict(within: bool | None) -> str:
+    return {None: "", True: "yes", False: "**no**"}[within]
+
+
+def _versus_text(metric: Metric, versus: float | None) -> str:
+    if versus is None:
+        return ""
+    return f"{versus:.2f}x" if metric.versus_baseline == "ratio" else f"{versus:+.{DECIMALS[metric.unit]}f}"
+
+
+def as_json(table: Table, results: list[Result], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the Markdown shows and the raw values behind it."""
+    return {
+        "table": table.name,
+        "title": table.title,
+        "source": table.source,
+        "kind": table.kind,
+        "units": {name: metric.unit for name, metric in table.metrics.items()},
+        "rows": [
+            {
+                "labels": result.cell.labels,
+                "overrides": list(result.cell.overrides),
+                "requires": result.cell.requires,
+                "paper": result.cell.paper,
+                "values": result.values,
+                "summary": {name: vars(summary) for name, summary in result.summaries.items()},
+            }
+            for result in results
+        ],
+        "environment": dict(environment),
+    }
