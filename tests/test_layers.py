@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actpress import layers
-from actpress.codec import Dense, Noise
+from actpress.codec import Context, Dense
 
 CASES = {
     "linear": (nn.Linear(5, 3), (4, 5)),
@@ -48,7 +48,7 @@ def replaced(stock):
     """A copy of a stock layer as our layer, with the lossless codec."""
     ours = copy.deepcopy(stock)
     ours.__class__ = getattr(layers, type(stock).__name__)
-    ours.codec, ours.noise = Dense(), Noise(0)
+    ours.codec, ours.context = Dense(), Context(0)
     return ours
 
 

@@ -81,7 +81,7 @@ def test_one_tensor_read_by_two_layers_is_encoded_once(align, copies):
     actpress.apply(net, Division(align=align))
     once = measure.saved_bytes(lambda: net.a(x).sum())
     assert measure.saved_bytes(lambda: net(x).sum()) == copies * once
-    assert net.a.noise.draws == copies + 1
+    assert net.a.context.draws == copies + 1
 
 
 def test_a_changed_tensor_is_encoded_again():
@@ -109,7 +109,7 @@ def test_the_code_is_not_kept_once_the_graph_is_gone():
     ((_, references),) = x._actpress_kept.values()
     assert all(reference() is None for reference in references)
     net(x).sum().backward()
-    assert net.a.noise.draws == 2  # new noise for the same batch
+    assert net.a.context.draws == 2  # new noise for the same batch
 
 
 def test_noise_is_reproducible_and_can_be_put_back():
@@ -128,13 +128,13 @@ def test_noise_is_reproducible_and_can_be_put_back():
         nets.append(net)
     first, second = gradient(nets[0]), gradient(nets[0])
     assert torch.equal(gradient(nets[1]), first) and not torch.equal(second, first)
-    state = swap.noise_state(nets[0])
+    state = swap.state(nets[0])
     third = gradient(nets[0])
-    swap.load_noise_state(nets[0], state)
+    swap.load_state(nets[0], state)
     assert torch.equal(gradient(nets[0]), third)
-    assert swap.noise_state(TwoReaders()) == {}
+    assert swap.state(TwoReaders()) == {}
     with pytest.raises(ValueError, match="does not fit"):
-        swap.load_noise_state(TwoReaders(), state)
+        swap.load_state(TwoReaders(), state)
 
 
 def test_the_global_generator_is_not_touched():

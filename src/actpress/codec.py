@@ -36,17 +36,19 @@ class Conv(NamedTuple):
     groups: int
 
 
-class Noise:
-    """The stream of uniform noise for stochastic rounding, one per applied model.
+class Context:
+    """What codecs may depend on beside their fields and the tensor, one object per applied model: the stream of noise for
+    stochastic codecs, and the epoch.
 
-    It is seeded from `torch.initial_seed()` when the method is applied and counts its own draws. PyTorch's generators
-    are never touched, so dropout and data order are those of the stock model. Under torch.compile the
-    noise comes from PyTorch's own (compiled) generator.
+    The stream is seeded from `torch.initial_seed()` when the method is applied and counts its own draws. PyTorch's generators
+    are never touched, so dropout and data order are those of the stock model. Under torch.compile the noise comes from
+    PyTorch's own (compiled) generator.
     """
 
     def __init__(self, seed: int):
         self.seed = seed % 2**63
         self.draws = 0
+        self.epoch = 0  # set by swap.set_epoch; for methods that start late
 
     def uniform_like(self, x: Tensor) -> Tensor:
         """fp32 noise in [0, 1) of x's shape, device and memory format."""
@@ -63,7 +65,7 @@ class Codec:
 
     shared = True  # may layers that read the same tensor share one code?
 
-    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
@@ -85,7 +87,7 @@ class Codec:
 class Dense(Codec):
     """Keeps the tensor as it is: what stock PyTorch does."""
 
-    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         return (x,)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
@@ -99,22 +101,22 @@ def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask
     )
 
 
-def keep(codec: Codec, x: Tensor, noise: Noise, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
+def keep(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
     """x, cast to `dtype`, as `codec` keeps it: (like, kept).
 
     The same x, unmodified, gives the same kept tensors for as long as they live.
     """
     if torch.compiler.is_compiling() or not codec.shared:
-        return _encode(codec, x, noise, dtype)
+        return _encode(codec, x, context, dtype)
     key = (codec, dtype, x._version)
     like, references = getattr(x, "_actpress_kept", {}).get(key, (None, ()))
     kept = tuple(reference() for reference in references)
     if like is None or any(tensor is None for tensor in kept):
-        like, kept = _encode(codec, x, noise, dtype)
+        like, kept = _encode(codec, x, context, dtype)
         x._actpress_kept = {key: (like, [TensorWeakRef(tensor) for tensor in kept])}
     return like, kept
 
 
-def _encode(codec: Codec, x: Tensor, noise: Noise, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
+def _encode(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
     cast = x.detach().to(dtype)
-    return Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, noise)
+    return Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, context)

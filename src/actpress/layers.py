@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from actpress.codec import Codec, Conv, Noise, convolution_backward, keep
+from actpress.codec import Codec, Context, Conv, convolution_backward, keep
 from actpress.kernels.layout import is_channels_last
 from actpress.kernels.masks import (
     Window,
@@ -48,9 +48,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, codec, noise):
+    def forward(ctx, x, weight, bias, codec, context):
         ctx.dtype, ctx.codec, ctx.x_dtype = compute_dtype(x), codec, x.dtype
-        ctx.like, kept = keep(codec, x, noise, ctx.dtype)
+        ctx.like, kept = keep(codec, x, context, ctx.dtype)
         ctx.save_for_backward(weight, *kept)
         return F.linear(x, weight, bias)
 
@@ -73,19 +73,19 @@ class Linear(nn.Linear):
     """nn.Linear that keeps its input x [..., in] as `codec` says."""
 
     codec: Codec
-    noise: Noise
+    context: Context
 
     def forward(self, x: Tensor) -> Tensor:
         if not needs_grad(self.weight):
             return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias, self.codec, self.noise)
+        return _Linear.apply(x, self.weight, self.bias, self.codec, self.context)
 
 
 class _Conv2d(Function):
     @staticmethod
-    def forward(ctx, x_NCHW, weight, bias, conv, codec, noise):
+    def forward(ctx, x_NCHW, weight, bias, conv, codec, context):
         ctx.dtype, ctx.conv, ctx.codec, ctx.x_dtype = compute_dtype(x_NCHW), conv, codec, x_NCHW.dtype
-        ctx.like, kept = keep(codec, x_NCHW, noise, ctx.dtype)
+        ctx.like, kept = keep(codec, x_NCHW, context, ctx.dtype)
         ctx.save_for_backward(weight, *kept)
         return F.conv2d(x_NCHW, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -111,7 +111,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d that keeps its (padded, unless padding is zeros) input x [N, C, H, W] as `codec` says."""
 
     codec: Codec
-    noise: Noise
+    context: Context
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not needs_grad(self.weight) or x_NCHW.dim() != 4:
@@ -121,7 +121,7 @@ class Conv2d(nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x_NCHW, padding = F.pad(x_NCHW, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         conv = Conv(self.weight.shape, self.stride, padding, self.dilation, self.groups)
-        return _Conv2d.apply(x_NCHW, self.weight, self.bias, conv, self.codec, self.noise)
+        return _Conv2d.apply(x_NCHW, self.weight, self.bias, conv, self.codec, self.context)
 
     def _zero_padding(self) -> tuple[int, int] | None:
         """The padding if it is zeros and symmetric, otherwise None."""
@@ -131,14 +131,14 @@ class Conv2d(nn.Conv2d):
 
 class _BatchNorm2d(Function):
     @staticmethod
-    def forward(ctx, x_NCHW, weight, bias, running_mean, running_var, training, momentum, eps, codec, noise):
+    def forward(ctx, x_NCHW, weight, bias, running_mean, running_var, training, momentum, eps, codec, context):
         y, mean, invstd, _, _ = torch._batch_norm_impl_index(
             x_NCHW, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
         ctx.training, ctx.eps, ctx.codec, ctx.like = training, eps, codec, None
         kept = ()
         if training or ctx.needs_input_grad[1]:
-            ctx.like, kept = keep(codec, x_NCHW, noise, x_NCHW.dtype)
+            ctx.like, kept = keep(codec, x_NCHW, context, x_NCHW.dtype)
         # the batch's own statistics in training, the running ones otherwise
         statistics = (mean, invstd) if training else (running_mean, running_var)
         ctx.shape = x_NCHW.shape
@@ -161,7 +161,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d that keeps its input x [N, C, H, W] as `codec` says. Mean and inverse deviation stay exact."""
 
     codec: Codec
-    noise: Noise
+    context: Context
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not needs_grad(x_NCHW, self.weight, self.bias):
@@ -176,7 +176,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
         training = self.training or self.running_mean is None
         return _BatchNorm2d.apply(
-            x_NCHW, self.weight, self.bias, mean, var, training, momentum, self.eps, self.codec, self.noise
+            x_NCHW, self.weight, self.bias, mean, var, training, momentum, self.eps, self.codec, self.context
         )
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from actpress.codec import Codec, Noise
+from actpress.codec import Codec, Context
 
 
 class Replacement(NamedTuple):
@@ -61,7 +61,7 @@ def apply(model: nn.Module, method: Method) -> Report:
     modules = dict(model.named_modules())
     plan = {name: (module, method.replacement(name, module)) for name, module in modules.items()}
     report = Report()
-    noise = Noise(torch.initial_seed())
+    context = Context(torch.initial_seed())
     for name, (module, replacement) in plan.items():
         old = _type_name(type(module))
         if replacement is None:
@@ -70,7 +70,7 @@ def apply(model: nn.Module, method: Method) -> Report:
             continue
         module.__class__ = replacement.layer
         if replacement.codec is not None:
-            module.codec, module.noise = replacement.codec, noise
+            module.codec, module.context = replacement.codec, context
         report.replaced[name] = (old, _type_name(replacement.layer))
     if method.changes_model and not report.replaced:
         found = ", ".join(sorted(set(report.untouched.values())))
@@ -78,25 +78,32 @@ def apply(model: nn.Module, method: Method) -> Report:
     return report
 
 
-def noise_state(model: nn.Module) -> dict[str, int]:
-    """Position of the model's rounding-noise stream, to be stored with a checkpoint; empty for a stock model."""
-    noise = _noise(model)
-    return {} if noise is None else {"seed": noise.seed, "draws": noise.draws}
+def state(model: nn.Module) -> dict[str, int]:
+    """What the model's method has to remember beside the weights (position of its noise stream, epoch), to be stored with a
+    checkpoint; empty for a stock model."""
+    return {key: value for context in _contexts(model) for key, value in vars(context).items()}
 
 
-def load_noise_state(model: nn.Module, state: Mapping[str, int]) -> None:
-    """Put the model's rounding-noise stream where `noise_state` found it."""
-    noise = _noise(model)
-    if (noise is None) != (not state):
-        raise ValueError(
-            f"noise state {dict(state)} does not fit a model {'without' if noise is None else 'with'} stochastic codecs"
-        )
-    if noise is not None:
-        noise.seed, noise.draws = state["seed"], state["draws"]
+def load_state(model: nn.Module, state: Mapping[str, int]) -> None:
+    """Put the model's method where `state` found it. Raises ValueError if one has a state and the other has none."""
+    contexts = _contexts(model)
+    if bool(contexts) != bool(state):
+        raise ValueError(f"method state {dict(state)} does not fit a model {'with' if contexts else 'without'} codecs")
+    for context in contexts:
+        vars(context).update(state)
 
 
-def _noise(model: nn.Module) -> Noise | None:
-    return next((module.noise for module in model.modules() if hasattr(module, "noise")), None)
+def set_epoch(model: nn.Module, epoch: int) -> None:
+    """Tell the model's method which epoch begins, counted from 0. A training loop calls it; only methods that start late care."""
+    for context in _contexts(model):
+        context.epoch = epoch
+
+
+def _contexts(model: nn.Module) -> list[Context]:
+    """The context of the applied method: none for a stock model, else one, shared by all layers."""
+    return list(
+        {id(m.context): m.context for m in model.modules() if isinstance(getattr(m, "context", None), Context)}.values()
+    )
 
 
 def _type_name(cls: type) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from actpress import layers
-from actpress.codec import Codec, Like, Noise
+from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, Code, code_bytes, decode_reference, encode_reference
 from actpress.swap import Method, Replacement
@@ -47,14 +47,14 @@ class DivisionCodec(Codec):
     def shared(self) -> bool:  # the official code keeps one copy per reader
         return self.align == "ceil"
 
-    def encode(self, x: Tensor, noise: Noise) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0:
             return (x,)
         maps = self._as_maps(x)
         kernel = self._kernel(maps.shape)
         if code_bytes(maps.shape, kernel, self.bits, self.align) >= x.numel() * x.itemsize:
             return (x,)
-        return encode_reference(maps, noise.uniform_like(maps), kernel, self.bits, self.align)
+        return encode_reference(maps, context.uniform_like(maps), kernel, self.bits, self.align)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
