@@ -38,6 +38,33 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Composition(Method):
+    """Several methods as one: for each module the first with a replacement wins."""
+
+    methods: tuple[Method, ...]
+
+    @property
+    def changes_model(self) -> bool:
+        return any(method.changes_model for method in self.methods)
+
+    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
+        found = (method.replacement(name, module) for method in self.methods)
+        return next((replacement for replacement in found if replacement is not None), None)
+
+
+def compose(*methods: Method) -> Composition:
+    """Several methods as one: for each module the first that has a rule for it wins. Raises TypeError for what is no Method."""
+    for method in methods:
+        _check_method(method)
+    return Composition(methods)
+
+
+def _check_method(method: object) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be an actpress.swap.Method such as actpress.methods.Division(), got {method!r}")
+
+
+@dataclass(frozen=True)
 class Report:
     """What `apply` did. Names are those of model.named_modules()."""
 
@@ -56,8 +83,7 @@ def apply(model: nn.Module, method: Method) -> Report:
     Parameters, buffers, state_dict keys and forward outputs stay the same. Raises TypeError if `method` is not a Method, ValueError if
     it matches no module of the model (applying a method twice matches nothing the second time).
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be an actpress.swap.Method such as actpress.methods.Division(), got {method!r}")
+    _check_method(method)
     modules = dict(model.named_modules())
     plan = {name: (module, method.replacement(name, module)) for name, module in modules.items()}
     report = Report()

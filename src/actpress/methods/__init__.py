@@ -2,5 +2,6 @@
 
 from actpress.methods.division import Division
 from actpress.methods.none import Stock
+from actpress.methods.pooling import Pooling
 
-__all__ = ["Division", "Stock"]
+__all__ = ["Division", "Pooling", "Stock"]

@@ -1,0 +1,96 @@
+"""Pooled activations (Barley and Froening, 2024, arXiv 2409.11902): "Less Memory Means smaller GPUs".
+
+The idea: keep the block means of every convolution's input instead of the input, 1/k^2 of its bytes.
+
+    Conv2d input    means of k x k blocks, in the activation's dtype: 32 / k^2 bits per element in fp32
+    ReLU            1 bit per element, exact       } ours: pooling conv inputs alone frees nothing, since ReLU
+    MaxPool2d       8 bits per output, exact       } and max-pooling keep the same tensors dense
+    AvgPool2d       nothing, exact
+    BatchNorm2d     stock: its input stays dense
+
+Weight gradients are taken against the upsampled means, which are never built (kernels/pooling.py): approximate and biased, their norm
+shrinks. Input and bias gradients are exact.
+
+align="authors", relu="stock" is the official code: floor-mode pooling, one pooled copy per reader, everything but convolutions stock. Its
+"block 1" baseline copies every conv input.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from actpress import layers
+from actpress.codec import Codec, Context, Conv, Like
+from actpress.kernels.pooling import ALIGN, conv2d_weight_grad_reference, pool_reference, upsample_reference
+from actpress.swap import Method, Replacement
+
+RELU = ("mask", "stock")
+
+
+@dataclass(frozen=True)
+class PoolingCodec(Codec):
+    """Block means of maps [N, C, H, W]. block=1, align="ceil" is lossless: the map itself."""
+
+    block: int
+    align: str
+
+    @property
+    def shared(self) -> bool:  # the official code pools once per reader
+        return self.align == "ceil"
+
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        if x.numel() == 0 or (self.block == 1 and self.align == "ceil"):
+            return (x,)
+        return (pool_reference(x, self.block, self.align),)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        if kept[0].shape == like.shape:
+            return kept[0]
+        return upsample_reference(kept[0], tuple(like.shape[2:]), self.block, self.align)
+
+    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
+        if kept[0].shape == like.shape:
+            return super().conv2d_weight_grad(kept, like, dy, conv)
+        return conv2d_weight_grad_reference(kept[0], dy, tuple(like.shape[2:]), *conv, self.block, self.align)
+
+
+@dataclass(frozen=True)
+class Pooling(Method):
+    """Pooled activations.
+
+    block: k, side of the averaged blocks, at least 1 (official: 1, 2 or 4; 1 is lossless with align="ceil").
+    align: "ceil", blocks that cover the whole map; "authors", the official floor mode, one copy per reader.
+    relu: "mask", ReLU and max-pooling keep bits and bytes; "stock", they stay stock as in the official code.
+    stages: another block for convolutions whose name matches a pattern, e.g. {"layer1.*": 4, "conv1": 1}; the first match counts.
+    Raises ValueError on other values.
+    """
+
+    block: int = 2
+    align: str = "ceil"
+    relu: str = "mask"
+    stages: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for label, block in [("block", self.block), *((f"stages[{name!r}]", k) for name, k in self.stages.items())]:
+            if not isinstance(block, int) or block < 1:
+                raise ValueError(f"Pooling: {label}={block!r}, allowed: integers from 1")
+        for label, value, allowed in (("align", self.align, ALIGN), ("relu", self.relu, RELU)):
+            if value not in allowed:
+                raise ValueError(f"Pooling: {label}={value!r}, allowed: {', '.join(allowed)}")
+
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align))}
+        if self.relu == "mask":
+            rules |= {
+                layer: Replacement(getattr(layers, layer.__name__)) for layer in (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
+            }
+        return rules
+
+    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
+        replacement = super().replacement(name, module)
+        if replacement is None or replacement.codec is None:
+            return replacement
+        block = next((k for pattern, k in self.stages.items() if fnmatchcase(name, pattern)), self.block)
+        return Replacement(replacement.layer, PoolingCodec(block, self.align))
