@@ -76,7 +76,13 @@ class SavedBytes:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages().values())
+        return self.count()
+
+    def count(self, also: Iterable[Tensor] = (), less: Iterable[Tensor] = ()) -> int:
+        """Bytes of the storages, with those of `also` (each once) and without those of `less`."""
+        counted = self.storages() | {storage_key(tensor): tensor for tensor in also}
+        left_out = {storage_key(tensor) for tensor in less}
+        return sum(tensor.untyped_storage().nbytes() for key, tensor in counted.items() if key not in left_out)
 
 
 class _ParameterCasts(TorchDispatchMode):
@@ -103,26 +109,9 @@ def saved_bytes(fn: Callable[[], Tensor]) -> int:
     with SavedBytes() as saved:
         loss = fn()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(
-            f"fn must return a scalar tensor, got {loss if not isinstance(loss, Tensor) else tuple(loss.shape)}"
-        )
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"fn must return a scalar tensor, got {got}")
     return saved.bytes
-
-
-def authors_activation_bytes(
-    model: nn.Module, x: Tensor, y: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
-) -> int:
-    """Activation memory as DIVISION and ActNN report it: allocated after the forward pass, less before the image copy,
-    less loss and logits. So the image counts, whether it is kept for backward or not."""
-    with SavedBytes() as saved:
-        logits = model(x)
-        loss = criterion(logits, y)
-    alive = saved.storages() | {storage_key(x): x}
-    return sum(
-        t.untyped_storage().nbytes()
-        for key, t in alive.items()
-        if key not in (storage_key(logits), storage_key(loss), storage_key(y))
-    )
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def compose(*methods: Method) -> Composition:
 
 def _check_method(method: object) -> None:
     if not isinstance(method, Method):
-        raise TypeError(f"method must be an actpress.swap.Method such as actpress.methods.Division(), got {method!r}")
+        raise TypeError(
+            f"method must be an actpress.swap.Method, one of those in actpress.methods for instance, got {method!r}"
+        )
 
 
 @dataclass(frozen=True)

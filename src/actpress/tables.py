@@ -20,7 +20,7 @@ from actpress import measure, swap
 KINDS = ("memory", "training")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0}
 DECIMALS = {"GiB": 3, "MiB": 1, "%": 2, "images/s": 0}
-VERSUS = ("ratio", "difference")
+VERSUS = ("ratio", "difference", "change")
 REUSE = (
     "any",
     "here",
@@ -30,7 +30,7 @@ REUSE = (
 @dataclass(frozen=True)
 class Metric:
     """A column. tolerance: relative difference to the paper that counts as reproduced. versus_baseline: how a cell is set against
-    the baseline row: "ratio" (baseline / cell) or "difference" (cell - baseline)."""
+    each baseline row: "ratio" (baseline / cell), "difference" (cell - baseline) or "change" (cell / baseline - 1)."""
 
     label: str
     unit: str
@@ -74,7 +74,7 @@ class Table:
     kind: str
     metrics: dict[str, Metric]
     cells: list[Cell]
-    baseline: dict[str, Any]
+    baselines: list[dict[str, Any]]  # the labels that make a row the baseline of the rows with the same other labels
     seeds: tuple[int, ...] = (0,)
     notes: tuple[str, ...] = ()
     default: bool = False  # part of what `make reproduce-table` does without a name
@@ -111,7 +111,7 @@ def load(folder: Path, name: str) -> Table:
         raw["kind"],
         metrics,
         cells,
-        raw.get("baseline", {}),
+        raw.get("baselines", []),
         tuple(raw.get("seeds", (0,))),
         tuple(raw.get("notes", ())),
         raw.get("default", False),
@@ -154,22 +154,28 @@ def memory(
 ) -> dict[str, int]:
     """Predicted memory of one training step, in bytes, with fake tensors: nothing is allocated.
 
-    precision: fp32, bf16 or fp16 (autocast). Cross-entropy; SGD with momentum. authors_activation: see measure. authors_total is that
-    plus parameters, buffers, gradients and momentum plus the image, which DIVISION's authors count before and after backward.
+    precision: fp32, bf16 or fp16 (autocast). Cross-entropy; SGD with momentum.
+    saved_bytes: the ruler's. model_input_saved: parameters and buffers, input, saved for backward, each storage once.
+    authors_activation, authors_total: as DIVISION and ActNN report them. The first is what is allocated after the forward pass less
+    before the image copy, less loss and logits: the image counts. The second is allocated before the backward pass plus after it less at
+    the start: activation, parameters, buffers, gradients, momentum, and the image once more.
     """
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with measure.fake_model(build) as model, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         swap.apply(model, method)
         x, y = torch.empty(batch, 3, image_size, image_size), torch.empty(batch, dtype=torch.long)
-        saved = measure.saved_bytes(lambda: nn.functional.cross_entropy(model(x), y))
-        activation = measure.authors_activation_bytes(model, x, y, nn.functional.cross_entropy)
+        with measure.SavedBytes() as saved:
+            logits = model(x)
+            loss = nn.functional.cross_entropy(logits, y)
         parameters = sum(p.nbytes for p in model.parameters())
-        state = 3 * parameters + sum(b.nbytes for b in model.buffers())
+        state = parameters + sum(b.nbytes for b in model.buffers())
+        activation = saved.count(also=[x], less=[logits, loss, y])
         return {
-            "saved_bytes": saved,
+            "saved_bytes": saved.bytes,
             "parameter_bytes": parameters,
+            "model_input_saved": state + saved.count(also=[x]),
             "authors_activation": activation,
-            "authors_total": activation + state + x.nbytes,
+            "authors_total": activation + state + 2 * parameters + x.nbytes,
         }
 
 
@@ -182,7 +188,7 @@ class Summary:
     n: int = 0
     difference: float | None = None  # relative, to the paper
     within: bool | None = None
-    versus: float | None = None  # to the baseline, as the metric says
+    versus: list[float | None] = field(default_factory=list)  # to each baseline, as the metric says
 
 
 @dataclass
@@ -201,10 +207,13 @@ def summarise(table: Table, values: list[Values]) -> list[Result]:
         for name, metric in table.metrics.items():
             result.summaries[name] = _summary(metric, [v.get(name) for v in result.values], result.cell.paper.get(name))
     for result in results:
-        base = next((r for r in results if r.cell.labels == result.cell.labels | table.baseline), None)
-        for name, metric in table.metrics.items():
-            if base is not None and base is not result and metric.versus_baseline:
-                result.summaries[name].versus = _versus(metric, result.summaries[name].mean, base.summaries[name].mean)
+        for labels in table.baselines:
+            base = next((r for r in results if r.cell.labels == result.cell.labels | labels), result)
+            for name, metric in table.metrics.items():
+                versus = (
+                    None if base is result else _versus(metric, result.summaries[name].mean, base.summaries[name].mean)
+                )
+                result.summaries[name].versus.append(versus)
     return results
 
 
@@ -222,9 +231,9 @@ def _summary(metric: Metric, values: list[Any], paper: Any) -> Summary:
 
 
 def _versus(metric: Metric, mean: Any, base: Any) -> float | None:
-    if not isinstance(mean, float) or not isinstance(base, float):
+    if not isinstance(mean, float) or not isinstance(base, float) or metric.versus_baseline is None:
         return None
-    return base / mean if metric.versus_baseline == "ratio" else mean - base
+    return {"ratio": base / mean, "difference": mean - base, "change": mean / base - 1}[metric.versus_baseline]
 
 
 def render(table: Table, results: list[Result], provenance: str) -> str:
@@ -236,7 +245,8 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     for _, metric, has_paper in columns:
         head.append(f"{metric.label}, {metric.unit}: {measured}")
         head += ["paper", "difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
-        head += [f"vs {'/'.join(map(str, table.baseline.values()))}"] if metric.versus_baseline else []
+        baselines = table.baselines if metric.versus_baseline else []
+        head += [f"vs {', '.join(map(str, labels.values()))}" for labels in baselines]
     lines = [f"## {table.title}", "", f"Source: {table.source}.", "", _row(head), _row(["---"] * len(head))]
     for result in results:
         row = [str(result.cell.labels[label]) for label in labels]
@@ -250,7 +260,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
                     _verdict(summary.within),
                 ]
             if metric.versus_baseline:
-                row.append(_versus_text(metric, summary.versus))
+                row += [_versus_text(metric, versus) for versus in summary.versus]
         lines.append(_row(row))
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), "", provenance, ""])
 
@@ -279,7 +289,8 @@ def _verdict(within: bool | None) -> str:
 def _versus_text(metric: Metric, versus: float | None) -> str:
     if versus is None:
         return ""
-    return f"{versus:.2f}x" if metric.versus_baseline == "ratio" else f"{versus:+.{DECIMALS[metric.unit]}f}"
+    number = {"ratio": "{:.2f}x", "difference": f"{{:+.{DECIMALS[metric.unit]}f}}", "change": "{:+.1%}"}
+    return number[metric.versus_baseline].format(versus)
 
 
 def as_json(table: Table, results: list[Result], environment: Mapping[str, Any]) -> dict[str, Any]:

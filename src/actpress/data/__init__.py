@@ -1,0 +1,130 @@
+"""Datasets by name, through one of two pipelines that end in the same thing: batches on the device.
+
+`create` reads a data config and a recipe config and returns a `Data`. Two pipelines:
+  resident   the whole set as uint8 on the device; crop, flip and normalise there (resident.py)
+  stream     decoded and augmented on the host by workers (stream.py)
+`pipeline: auto` takes resident where the images fit, have the wanted size and the recipe asks for no more than crop and
+flip; otherwise stream. Asking for one that cannot do the work is an error, never a silent change.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .augment import Augment
+from .resident import ResidentLoader
+from .sources import SOURCES, Images, load
+from .stream import StreamLoader
+
+NAMES = tuple(SOURCES)
+PIPELINES = ("auto", "resident", "stream")
+_RESIDENT_BYTES = 4 * 2**30  # auto keeps sets up to 4 GiB on the device
+
+
+@dataclass(frozen=True)
+class Data:
+    """Train and test batches (x float32 normalised [B, 3, S, S], y int64 [B], on the device) and what is known of them.
+
+    `train.set_epoch(e)` makes order and augmentation of the next pass a pure function of (seed, e). len(train) and
+    len(test) count batches; train drops the last incomplete one, test keeps it.
+    """
+
+    train: ResidentLoader | StreamLoader
+    test: ResidentLoader | StreamLoader
+    num_classes: int
+    label: str
+    train_images: int
+    test_images: int
+    pipeline: str
+
+
+def create(
+    data: Mapping[str, Any], recipe: Mapping[str, Any], *, device: torch.device, seed: int, workers: int = 2
+) -> Data:
+    """Open the dataset `data` describes (configs/data) and batch it as `recipe` asks (batch_size, augment).
+
+    data: name, source, root, num_classes, image_size, mean, std, label, pipeline, train_size, test_size. The two sizes,
+    where not null, keep that many images, chosen by one fixed permutation, the same for every seed.
+    synthetic images are noise and are not augmented. A folder of files adds its format to the label: "CIFAR-10 (JPEG)".
+
+    Raises ValueError for a value that is not allowed, FileNotFoundError for data that are not there.
+    """
+    name, image_size, batch_size = data["name"], data["image_size"], recipe["batch_size"]
+    if name not in NAMES:
+        raise ValueError(f"data.name {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    if data["pipeline"] not in PIPELINES:
+        raise ValueError(f"data.pipeline {data['pipeline']!r} is unknown; allowed: {', '.join(PIPELINES)}")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; allowed: integers from 0")
+    _check_integers(data, recipe)
+    augment = Augment() if name == "synthetic" else Augment.read(recipe["augment"])
+
+    sizes = data["train_size"], data["test_size"]
+    full = load(name, data["source"], data["root"], data["num_classes"], image_size, *sizes)
+    train, test = (_keep(images, size, key) for images, size, key in zip(full, sizes, ("train", "test"), strict=True))
+    if batch_size > len(train):
+        raise ValueError(f"recipe.batch_size is {batch_size}; allowed: up to the {len(train)} training images")
+
+    pipeline = _pipeline(data["pipeline"], name, train, image_size, augment)
+    shared = {
+        "batch_size": batch_size,
+        "augment": augment,
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "device": torch.device(device),
+        "seed": seed,
+    }
+    if pipeline == "resident":
+        loaders = [ResidentLoader(images, train=images is train, **shared) for images in (train, test)]
+    else:
+        shared["image_size"] = image_size
+        shared["crop_pct"] = augment.crop_pct or (0.875 if name == "imagenet" else 1.0)
+        loaders = [StreamLoader(images, train=images is train, workers=workers, **shared) for images in (train, test)]
+
+    label = data["label"]
+    if train.formats and name != "imagenet":
+        label = f"{label} ({', '.join(train.formats)})"
+    return Data(*loaders, data["num_classes"], label, len(train), len(test), pipeline)
+
+
+def _check_integers(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    needed = {"data.num_classes": data["num_classes"], "data.image_size": data["image_size"]}
+    needed["recipe.batch_size"] = recipe["batch_size"]
+    for key in ("train_size", "test_size"):
+        if data[key] is not None or data["name"] == "synthetic":
+            needed[f"data.{key}"] = data[key]
+    for key, value in needed.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} is {value!r}; allowed: integers from 1")
+    for key in ("mean", "std"):
+        if len(data[key]) != 3:
+            raise ValueError(f"data.{key} has {len(data[key])} values; allowed: 3, one for each channel")
+    if min(data["std"]) <= 0:
+        raise ValueError(f"data.std is {list(data['std'])}; allowed: numbers above 0")
+
+
+def _keep(images: Images, size: int | None, key: str) -> Images:
+    if size is None or size == len(images):
+        return images
+    if size > len(images):
+        raise ValueError(f"data.{key}_size is {size}; allowed: up to {len(images)}, or null for all")
+    return images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:size].tolist())
+
+
+def _pipeline(asked: str, name: str, images: Images, image_size: int, augment: Augment) -> str:
+    """The pipeline to use; ValueError if the one that was asked for cannot do what the recipe and the size need."""
+    if name == "synthetic":
+        if asked == "stream":
+            raise ValueError("data.pipeline 'stream' is not available for synthetic; allowed: auto, resident")
+        return "resident"
+    obstacles = [f"augment.{field}" for field in augment.host_only()]
+    if images.size != (image_size, image_size):
+        obstacles.append(f"resizing {images.size[0]}x{images.size[1]} images to image_size {image_size}")
+    if asked == "resident" and obstacles:
+        raise ValueError(f"data.pipeline 'resident' cannot do {', '.join(obstacles)}; allowed here: auto, stream")
+    if asked == "auto":
+        fits = 3 * image_size**2 * len(images) <= _RESIDENT_BYTES
+        return "resident" if fits and not obstacles else "stream"
+    return asked
