@@ -55,5 +55,5 @@ def test_table_lists_the_largest_first_and_the_rest_as_a_count():
 def test_bad_dtype_and_method_are_named():
     with pytest.raises(ValueError, match=r"dtype=torch.int8, allowed: torch.float32"):
         actpress.audit(Net(), (2, 3, 8, 8), torch.int8)
-    with pytest.raises(ValueError, match="matches no module"):
+    with pytest.raises(ValueError, match="matches nothing"):
         actpress.audit(nn.Sequential(nn.GELU()), (2, 3), methods=[Division()])

@@ -30,6 +30,9 @@ CASES = {
     "batch norm without statistics": (nn.BatchNorm2d(4, track_running_stats=False), (2, 4, 5, 3)),
     "batch norm cumulative": (nn.BatchNorm2d(4, momentum=None), (2, 4, 5, 3)),
     "batch norm eval": (nn.BatchNorm2d(4).eval(), (2, 4, 5, 3)),
+    "layer norm": (nn.LayerNorm(6), (3, 5, 6)),
+    "layer norm two axes": (nn.LayerNorm((5, 6), bias=False), (3, 5, 6)),
+    "layer norm not affine": (nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
     "relu": (nn.ReLU(), (3, 5, 7)),
     "relu in place": (nn.ReLU(inplace=True), (3, 5, 7)),
     "dropout": (nn.Dropout(0.3), (3, 5, 7)),
@@ -87,7 +90,7 @@ def test_lossless_layer_equals_stock(case, memory_format, dtype):
         assert torch.equal(buffer, expected), name
 
 
-@pytest.mark.parametrize("case", ["linear tokens", "conv 3x3", "batch norm", "relu", "max pool"])
+@pytest.mark.parametrize("case", ["linear tokens", "conv 3x3", "batch norm", "layer norm", "relu", "max pool"])
 def test_autocast_output_is_that_of_stock_and_gradients_are_close(case):
     layer, shape = CASES[case]
     stock, ours = copy.deepcopy(layer), replaced(layer)
@@ -129,7 +132,9 @@ def test_in_place_change_of_a_kept_tensor_is_caught():
         loss.backward()
 
 
-@pytest.mark.parametrize("case", ["linear tokens", "conv 3x3", "conv stride dilation groups", "batch norm"])
+@pytest.mark.parametrize(
+    "case", ["linear tokens", "conv 3x3", "conv stride dilation groups", "batch norm", "layer norm"]
+)
 def test_gradcheck(case):
     layer, shape = CASES[case]
     ours = replaced(copy.deepcopy(layer).double())

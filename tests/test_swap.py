@@ -1,10 +1,13 @@
 """Applying methods: what is replaced, what is refused, what is shared."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 import actpress
 from actpress import layers, measure, swap
@@ -15,7 +18,7 @@ def test_report_names_what_changed_and_what_did_not():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.GELU()))
     report = actpress.apply(net, Division())
     assert report.replaced == {"0": ("nn.Conv2d", "actpress.Conv2d"), "1.0": ("nn.BatchNorm2d", "actpress.BatchNorm2d")}
-    assert report.untouched == {"1.1": "nn.GELU"}
+    assert report.untouched == {"1.1": "nn.GELU untouched: no rule"}
     assert "1  nn.Conv2d -> actpress.Conv2d" in str(report)
 
 
@@ -31,15 +34,17 @@ def test_subclasses_with_a_forward_of_their_own_are_left_alone():
             return 2 * super().forward(x)
 
     net = nn.Sequential(Scaled(2, 2), nn.ReLU())
-    assert list(actpress.apply(net, Division()).replaced) == ["1"]
+    report = actpress.apply(net, Division())
+    assert list(report.replaced) == ["1"]
+    assert "a subclass of nn.Linear" in report.untouched["0"]
 
 
 def test_no_matching_layer_is_an_error_that_names_the_layers():
-    with pytest.raises(ValueError, match=r"Division.*matches no module of Sequential.*nn\.GELU, nn\.Identity"):
+    with pytest.raises(ValueError, match=r"Division.*matches nothing in Sequential.*nn\.GELU, nn\.Identity"):
         actpress.apply(nn.Sequential(nn.GELU(), nn.Identity()), Division())
     net = nn.Sequential(nn.ReLU())
     actpress.apply(net, Division())
-    with pytest.raises(ValueError, match="matches no module"):
+    with pytest.raises(ValueError, match="matches nothing"):
         actpress.apply(net, Division())
 
 
@@ -151,3 +156,57 @@ def test_hooks_on_replaced_modules_still_run():
     actpress.apply(net, Division())
     net(torch.randn(1, 4, 8, 8))
     assert seen == ["a"]
+
+
+class Functional(nn.Module):
+    """Calls functions where others have modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gelu = nn.Conv2d(3, 4, 3), nn.GELU()
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = F.relu(x - 0.5, inplace=True)
+        return self.gelu(x).tanh()
+
+
+def test_functions_called_in_forward_are_replaced_and_the_others_named():
+    stock, x = Functional(), torch.randn(2, 3, 8, 8)
+    ours = copy.deepcopy(stock)
+    report = actpress.apply(ours, Division())
+    assert report.replaced["relu()"] == ("relu()", "actpress.relu()")
+    assert report.untouched == {"gelu": "nn.GELU untouched: no rule", "tanh()": "tanh() untouched: no rule"}
+    assert torch.equal(ours(x), stock(x)) and isinstance(ours, Functional)
+    stock_bytes, our_bytes = (measure.saved_bytes(lambda net=net: net(x).sum()) for net in (stock, ours))
+    hidden = 2 * 4 * 6 * 6 * 4
+    assert (
+        stock_bytes == 4 * hidden + x.nbytes - hidden + hidden
+    )  # relu, relu (read by gelu too), tanh, image; gelu's own: none
+    assert our_bytes < stock_bytes - hidden
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile"])
+def test_a_model_with_replaced_functions_can_be_copied_and_compiled(how):
+    net, x = Functional(), torch.randn(2, 3, 8, 8)
+    actpress.apply(net, Division())
+    if how == "compile":
+        twin = torch.compile(net, fullgraph=True, backend="aot_eager")
+    else:
+        twin = copy.deepcopy(net) if how == "deepcopy" else pickle.loads(pickle.dumps(net))
+        assert list(twin.state_dict()) == list(net.state_dict())
+    torch.testing.assert_close(twin(x), net(x))
+    with measure.SavedBytes() as saved:
+        loss = twin(x).sum()
+    loss.backward()
+    assert saved is not None and net(x).shape == (2, 4, 6, 6)
+
+
+def test_densenets_last_relu_is_replaced():
+    with measure.fake_model(torchvision.models.densenet121) as net:
+        report = actpress.apply(net, Division())
+    assert "relu()" in report.replaced
+    kept_dense = {why for name, why in report.untouched.items()}
+    assert not any(
+        word in why for why in kept_dense for word in ("Conv2d", "BatchNorm2d", "relu", "AvgPool2d untouched: a")
+    )

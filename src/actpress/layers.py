@@ -180,6 +180,39 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps, codec, context):
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.codec = shape, codec
+        ctx.like, kept = keep(codec, x, context, x.dtype)
+        ctx.save_for_backward(weight, bias, mean, rstd, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, bias, mean, rstd, *kept = ctx.saved_tensors
+        x = ctx.codec.decode(tuple(kept), ctx.like)
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, mask)
+        return dx, None, dw, db, None, None, None
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that keeps its input x [..., *normalized_shape] as `codec` says. Mean and inverse deviation stay exact."""
+
+    codec: Codec
+    context: Context
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not needs_grad(x, self.weight, self.bias):
+            return super().forward(x)
+        # CUDA's autocast runs layer norm in fp32; the operation called here is below autocast
+        x = x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") else x
+        return _LayerNorm.apply(x, self.normalized_shape, self.weight, self.bias, self.eps, self.codec, self.context)
+
+
 class _ReLU(Function):
     @staticmethod
     def forward(ctx, x, inplace):
@@ -198,12 +231,23 @@ class _ReLU(Function):
         return dy * unpack_mask_reference(packed, dy.shape, ctx.channels_last), None
 
 
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """F.relu that keeps one bit per element instead of its output."""
+    if not needs_grad(x):
+        return x.relu_() if inplace else x.relu()
+    return _ReLU.apply(x, inplace and not torch.compiler.is_compiling())  # compiled code decides on its own buffers
+
+
+def relu_(x: Tensor) -> Tensor:
+    """In-place relu."""
+    return relu(x, inplace=True)
+
+
 class ReLU(nn.ReLU):
     """nn.ReLU that keeps one bit per element instead of its output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        inplace = self.inplace and not torch.compiler.is_compiling()  # compiled code decides on its own buffers
-        return _ReLU.apply(x, inplace) if needs_grad(x) else super().forward(x)
+        return relu(x, self.inplace)
 
 
 class _Dropout(Function):

@@ -6,13 +6,14 @@ a forward of its own.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from actpress import functional
 from actpress.codec import Codec, Context
 
 
@@ -31,6 +32,10 @@ class Method:
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         """Stock layer type -> its replacement."""
         raise NotImplementedError
+
+    def functions(self) -> Mapping[str, Callable]:
+        """Name of a function that forward methods call, such as relu -> its replacement, with the same arguments."""
+        return {}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         """What replaces `module`, called `name` in the model; None leaves it as it is. Override to go by name."""
@@ -51,6 +56,9 @@ class Composition(Method):
         found = (method.replacement(name, module) for method in self.methods)
         return next((replacement for replacement in found if replacement is not None), None)
 
+    def functions(self) -> Mapping[str, Callable]:
+        return {name: ours for method in reversed(self.methods) for name, ours in method.functions().items()}
+
 
 def compose(*methods: Method) -> Composition:
     """Several methods as one: for each module the first that has a rule for it wins. Raises TypeError for what is no Method."""
@@ -68,42 +76,64 @@ def _check_method(method: object) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What `apply` did. Names are those of model.named_modules()."""
+    """What `apply` did. Names are those of model.named_modules(); a function called in a module's forward is "<module>.relu()"."""
 
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (old type, new type)
-    untouched: dict[str, str] = field(default_factory=dict)  # name of a leaf module -> its type
+    untouched: dict[str, str] = field(
+        default_factory=dict
+    )  # name of a leaf module or function -> why it stays as it is
 
     def __str__(self) -> str:
         lines = [f"{count:4d}  {old} -> {new}" for (old, new), count in sorted(Counter(self.replaced.values()).items())]
-        lines += [f"{count:4d}  {kind} untouched" for kind, count in sorted(Counter(self.untouched.values()).items())]
+        lines += [f"{count:4d}  {why}" for why, count in sorted(Counter(self.untouched.values()).items())]
         return "\n".join(lines)
 
 
 def apply(model: nn.Module, method: Method) -> Report:
-    """Replace, in place, every module of `model` that `method` has a rule for.
+    """Replace, in place, every module of `model` that `method` has a rule for, and the functions its forward methods call.
 
     Parameters, buffers, state_dict keys and forward outputs stay the same. Raises TypeError if `method` is not a Method, ValueError if
-    it matches no module of the model (applying a method twice matches nothing the second time).
+    it matches nothing in the model (applying a method twice matches nothing the second time).
     """
     _check_method(method)
-    modules = dict(model.named_modules())
-    plan = {name: (module, method.replacement(name, module)) for name, module in modules.items()}
-    report = Report()
-    context = Context(torch.initial_seed())
-    for name, (module, replacement) in plan.items():
-        old = _type_name(type(module))
-        if replacement is None:
-            if next(module.children(), None) is None:
-                report.untouched[name] = old
+    plan = [(name, module, method.replacement(name, module)) for name, module in model.named_modules()]
+    report, context, functions = Report(), Context(torch.initial_seed()), method.functions()
+    for name, module, replacement in plan:
+        old = type_name(type(module))
+        if replacement is not None:
+            module.__class__ = replacement.layer
+            if replacement.codec is not None:
+                module.codec, module.context = replacement.codec, context
+            report.replaced[name] = (old, type_name(replacement.layer))
             continue
-        module.__class__ = replacement.layer
-        if replacement.codec is not None:
-            module.codec, module.context = replacement.codec, context
-        report.replaced[name] = (old, _type_name(replacement.layer))
+        if next(module.children(), None) is None:
+            report.untouched[name] = _why_untouched(module, method)
+        called = functional.calls(module)
+        ours = {function: functions[function] for function in called if function in functions}
+        if ours:
+            functional.intercept(module, ours)
+        for function in sorted(called):
+            where = f"{name}.{function}()".lstrip(".")
+            if function in ours:
+                report.replaced[where] = (f"{function}()", f"actpress.{function}()")
+            else:
+                report.untouched[where] = f"{function}() untouched: no rule"
     if method.changes_model and not report.replaced:
-        found = ", ".join(sorted(set(report.untouched.values())))
-        raise ValueError(f"{method} matches no module of {type(model).__name__}; its layers are: {found}")
+        raise ValueError(f"{method} matches nothing in {type(model).__name__}; it has: {_listed(plan)}")
     return report
+
+
+def _why_untouched(module: nn.Module, method: Method) -> str:
+    cls = type(module)
+    base = next((base for base in cls.__mro__[1:] if base in method.rules()), None)
+    why = "no rule" if base is None else f"a subclass of {type_name(base)}, whose forward may differ"
+    return f"{type_name(cls)} untouched: {why}"
+
+
+def _listed(plan: list[tuple[str, nn.Module, Replacement | None]]) -> str:
+    return ", ".join(
+        sorted({type_name(type(module)) for _, module, _ in plan if next(module.children(), None) is None})
+    )
 
 
 def state(model: nn.Module) -> dict[str, int]:
@@ -134,6 +164,7 @@ def _contexts(model: nn.Module) -> list[Context]:
     )
 
 
-def _type_name(cls: type) -> str:
+def type_name(cls: type) -> str:
+    """A type with the library it is from: nn.Conv2d, actpress.Conv2d, timm.LayerNorm."""
     library = cls.__module__.split(".")[0]
     return f"{ {'torch': 'nn'}.get(library, library) }.{cls.__name__}".replace(" ", "")

@@ -4,8 +4,9 @@ The idea: the backward pass mainly uses the low-frequency part of an activation 
 Stock PyTorch keeps the input of every convolution and batch norm and the output of every ReLU, 32 bits per element each in
 fp32. We keep
 
-    Conv2d, BatchNorm2d, Linear inputs    block means + Q-bit rest, about Q + .26 bits per element at 56x56
-    ReLU, Dropout                         1 bit per element, exact
+    Conv2d, BatchNorm2d inputs            block means + Q-bit rest, about Q + .26 bits per element at 56x56
+    Linear, LayerNorm inputs              the same over tokens, see below
+    ReLU (module or F.relu), Dropout      1 bit per element, exact
     MaxPool2d                             8 bits per output, exact
     AvgPool2d                             nothing, exact (stock keeps its input)
 
@@ -13,11 +14,11 @@ Weight gradients, and the input gradient of batch norm, are computed from the de
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
 kernels/division.py.
 
-Linear inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the
+Linear and LayerNorm inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the
 minimum and maximum are per sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +87,7 @@ class Division(Method):
     block: side of the averaged blocks, at least 1 (official: 8).
     bits: Q, bits per element of the rest: 1, 2, 4 or 8 (official: 2 for CNNs, 4 for T5).
     align: "ceil", blocks that cover the whole map, and one code for a tensor read by several layers; "authors", the layout
-        of the official CNN code: floor-mode blocks, one code per reader, Linear left dense.
+        of the official CNN code: floor-mode blocks, one code per reader, Linear and LayerNorm left dense.
     Raises ValueError on other values.
     """
 
@@ -113,5 +114,12 @@ class Division(Method):
             nn.AvgPool2d: Replacement(layers.AvgPool2d),
         }
         if self.align == "ceil":
-            rules[nn.Linear] = Replacement(layers.Linear, DivisionCodec(self.block, self.bits, self.align, "tokens"))
+            tokens = DivisionCodec(self.block, self.bits, self.align, "tokens")
+            rules |= {
+                nn.Linear: Replacement(layers.Linear, tokens),
+                nn.LayerNorm: Replacement(layers.LayerNorm, tokens),
+            }
         return rules
+
+    def functions(self) -> Mapping[str, Callable]:
+        return {"relu": layers.relu, "relu_": layers.relu_}

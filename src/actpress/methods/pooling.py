@@ -15,7 +15,7 @@ align="authors", relu="stock" is the official code: floor-mode pooling, one pool
 "block 1" baseline copies every conv input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -87,6 +87,9 @@ class Pooling(Method):
                 layer: Replacement(getattr(layers, layer.__name__)) for layer in (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
             }
         return rules
+
+    def functions(self) -> Mapping[str, Callable]:
+        return {"relu": layers.relu, "relu_": layers.relu_} if self.relu == "mask" else {}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         replacement = super().replacement(name, module)
