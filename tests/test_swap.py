@@ -180,10 +180,8 @@ def test_functions_called_in_forward_are_replaced_and_the_others_named():
     assert torch.equal(ours(x), stock(x)) and isinstance(ours, Functional)
     stock_bytes, our_bytes = (measure.saved_bytes(lambda net=net: net(x).sum()) for net in (stock, ours))
     hidden = 2 * 4 * 6 * 6 * 4
-    assert (
-        stock_bytes == 4 * hidden + x.nbytes - hidden + hidden
-    )  # relu, relu (read by gelu too), tanh, image; gelu's own: none
-    assert our_bytes < stock_bytes - hidden
+    assert stock_bytes == x.nbytes + 3 * hidden  # the image, both relus (gelu reads the second), tanh
+    assert our_bytes < stock_bytes - hidden  # the first relu and the image; gelu keeps its input, tanh its output
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile"])
@@ -196,10 +194,8 @@ def test_a_model_with_replaced_functions_can_be_copied_and_compiled(how):
         twin = copy.deepcopy(net) if how == "deepcopy" else pickle.loads(pickle.dumps(net))
         assert list(twin.state_dict()) == list(net.state_dict())
     torch.testing.assert_close(twin(x), net(x))
-    with measure.SavedBytes() as saved:
-        loss = twin(x).sum()
-    loss.backward()
-    assert saved is not None and net(x).shape == (2, 4, 6, 6)
+    twin(x).sum().backward()
+    assert all(p.grad is not None for p in twin.parameters())
 
 
 def test_densenets_last_relu_is_replaced():
