@@ -1,0 +1,163 @@
+"""Records: the JSON file of a run is the truth about it; tables and plots are made from nothing else.
+
+A run is named by what it computes: `run_id` hashes the resolved config without what cannot change the result. A record
+holds no path of the machine that wrote it, so that it can be committed.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+STATUSES = ("ok", "oom", "diverged", "failed")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
+
+# Paths of one machine: in no record, in no hash.
+MACHINE = ("paths", "data.root")
+# Settings that do not change what is computed: in the record, not in the hash.
+INERT = ("logger", "name", "tags", "resume", "runtime.workers", "runtime.progress", "runtime.threads")
+
+
+def portable(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain Python, without paths of this machine."""
+    return _without(OmegaConf.to_container(cfg, resolve=True), MACHINE)
+
+
+def run_id(cfg: DictConfig) -> str:
+    """Name of the run that `cfg` describes: <model>-<data>-<method>-s<seed>-<hash>, the method being the class it names.
+
+    The hash, 8 hexadecimal digits, covers the resolved config but for paths, logger, name, tags, resume and
+    runtime.{workers,progress,threads}: configs with equal names train the same weights.
+    """
+    identity = json.dumps(_without(portable(cfg), INERT), sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    words = (cfg.model.name, cfg.data.name, method_name(cfg), f"s{cfg.seed}")
+    return "-".join([*(re.sub(r"[^\w.]+", "_", str(word)) for word in words), digest])
+
+
+def method_name(cfg: DictConfig) -> str:
+    """Lower-case name of the class that cfg.method instantiates."""
+    return str(cfg.method["_target_"]).rpartition(".")[2].lower()
+
+
+def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of `config` without the entries that `keys` name with dots; a key that is not there is no error."""
+    kept = copy.deepcopy(config)
+    for key in keys:
+        *path, last = key.split(".")
+        functools.reduce(lambda node, name: node.get(name, {}), path, kept).pop(last, None)
+    return kept
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends, at once and on disk; if the block raises, or
+    the process dies, `path` stays as it was. Two processes must not write one path at the same time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write(path: Path | str, record: dict[str, Any]) -> None:
+    """Write a record as JSON, atomically. Numbers that are not finite become null."""
+    text = json.dumps(_finite(record), indent=1, allow_nan=False)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Read a record. Raises ValueError, naming the path, if it is not there or is no JSON object."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no record at {path}")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"record {path} is not valid JSON ({error}); delete it and run again") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"record {path} must hold a JSON object, got {type(record).__name__}; delete it and run again")
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Where a number was measured: device, versions, commit of this source and whether it was changed since, time."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device_type": device.type,
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in PACKAGES},
+        **source(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def source() -> dict[str, Any]:
+    """commit: of the checkout this file is part of, None outside of one. dirty: files other than results differ from it."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", here.name) != here.name:
+        return {"commit": None, "dirty": None}
+    changes = _git(here.parent, "status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
+    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None without git or outside of a checkout."""
+    try:
+        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    listing = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,216 @@
+"""One training run from a composed config: what is built, where its files lie, and the record it leaves.
+
+results/runs/<run_id>.json   the record: written when the run ends, however it ends
+outputs/<run_id>/            last.pt (checkpoint), config.yaml, log.jsonl
+
+A run with a checkpoint goes on from it; one whose checkpoint says it is complete is not repeated. resume=false starts anew.
+"""
+
+import fcntl
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from actpress import checkpoint, data, engine, logger, record, settings, swap
+
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException)
+
+
+class InputError(ValueError):
+    """Input that no run can be made of; the message is one line that names the value and what is allowed."""
+
+
+class Files(NamedTuple):
+    """Where a run keeps what."""
+
+    folder: Path
+    record: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "last.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+
+def files_of(cfg: DictConfig) -> Files:
+    """The files of the run that cfg describes."""
+    name = record.run_id(cfg)
+    return Files(Path(cfg.paths.outputs) / name, Path(cfg.paths.records) / f"{name}.json")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train what a composed cfg (configs/train.yaml) describes, or go on with it, and return its record.
+
+    The record's status is ok, oom (out of memory) or diverged (loss not finite). Any other exception of the training
+    itself is recorded as failed and raised again. Raises InputError, before anything is written over, for bad input.
+    """
+    with ExitStack() as stack:
+        with bad_input():
+            settings.check(cfg)
+            logger.check(cfg)
+            device = settings.device(cfg.runtime.device)
+            name, files = record.run_id(cfg), files_of(cfg)
+            stack.enter_context(_alone(files.folder / "lock", name))
+            state = None
+            if cfg.resume and files.checkpoint.exists():
+                state = checkpoint.load(files.checkpoint, name, device)
+                if state["record"]:
+                    return _complete(name, files, state["record"])
+            trainer, about = _build(cfg, device, state)
+            log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
+        OmegaConf.save(cfg, files.folder / "config.yaml", resolve=True)
+        print(
+            f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
+            flush=True,
+        )
+        return _train(name, files, trainer, about, log)
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn the errors that bad input raises into InputError, on one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if error.__cause__ and not isinstance(cause, BAD_INPUT):
+            raise
+        raise InputError(_one_line(cause)) from error
+    except BAD_INPUT as error:
+        raise InputError(_one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Hold the run's lock, which ends with this process: two processes at once would write over each other's checkpoints."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run {name} is being trained by another process, which holds {path}") from None
+        yield
+
+
+def _complete(name: str, files: Files, finished: dict[str, Any]) -> dict[str, Any]:
+    """Say that there is nothing to do. The record is left as it is, or put back where it is missing."""
+    if not files.record.exists():
+        record.write(files.record, finished)
+    print(f"run {name} is complete ({files.checkpoint}); results are left as they are, resume=false trains anew")
+    return finished
+
+
+def _build(
+    cfg: DictConfig, device: torch.device, state: dict[str, Any] | None
+) -> tuple[engine.Trainer, dict[str, Any]]:
+    """(the trainer, at the checkpoint `state` if there is one; what the record says about the run beside its numbers)."""
+    gc.collect()  # the previous run of a sweep, before this one asks for memory
+    engine.set_backend(cfg.runtime)
+    images = data.create(cfg.data, cfg.recipe, device=device, seed=cfg.seed, workers=cfg.runtime.workers)
+    engine.seed_everything(cfg.seed)
+    model = hydra.utils.instantiate(cfg.model)
+    report = swap.apply(model, hydra.utils.instantiate(cfg.method))
+    trainer = engine.Trainer(cfg, model.to(device), images, device)
+    engine.seed_everything(cfg.seed)  # what building drew differs between methods; what training draws must not
+    facts = {"label": images.label, "train_images": images.train_images, "test_images": images.test_images}
+    resumes = 0
+    if state is not None:
+        if state["data"] != facts:
+            raise ValueError(
+                f"the checkpoint of this run was trained on {state['data']}, but the data are {facts}; "
+                "restore those data, or set resume=false to train anew"
+            )
+        trainer.load_state(state)
+        resumes = state["resumes"] + 1
+    about = {
+        "config": record.portable(cfg),
+        "data": facts,
+        "layers_replaced": len(report.replaced),
+        "environment": record.environment(device),
+        "resumes": resumes,
+    }
+    return trainer, about
+
+
+def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, Any], log: logger.Log) -> dict[str, Any]:
+    """Train to the end, whatever that is, and write the record."""
+
+    def save(finished: dict[str, Any] | None = None) -> None:
+        extra = {key: about[key] for key in ("data", "resumes")}
+        extra |= {"run_id": name, "device": trainer.device.type, "wandb_id": log.id, "record": finished}
+        checkpoint.save(files.checkpoint, trainer.state() | extra)
+
+    def on_epoch(row: dict[str, float]) -> None:
+        _report(trainer, row, log)
+        if trainer.epoch < trainer.epochs:
+            save()
+
+    def finish(status: str, message: str | None = None) -> dict[str, Any]:
+        metrics = trainer.metrics()
+        finished = {"run_id": name, "status": status, "message": message, **about}
+        finished |= {"metrics": metrics, "history": trainer.history, "wandb_url": log.url}
+        record.write(files.record, finished)
+        log.finish(status, metrics)
+        return finished
+
+    try:
+        trainer.fit(on_epoch, log.log)
+    except engine.Diverged as error:
+        return finish("diverged", str(error))
+    except Exception as error:
+        if _out_of_memory(error):
+            return finish("oom", _one_line(error))
+        finish("failed", f"{type(error).__name__}: {_one_line(error)}")
+        raise
+    finished = finish("ok")
+    save(finished)  # after the record: a run that dies in between repeats its last epoch
+    return finished
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own; the CPU's allocator only has a message."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _report(trainer: engine.Trainer, row: dict[str, float], log: logger.Log) -> None:
+    """Log an epoch, and print it on one line."""
+    metrics = trainer.metrics()
+    speed, peak, saved = metrics["train_images_per_s"], metrics["peak_bytes"], metrics["saved_bytes"]
+    log.log(
+        trainer.step,
+        {
+            "test/loss": row["test_loss"],
+            "test/accuracy": row["test_accuracy"],
+            "memory/peak_bytes": peak,
+            "memory/saved_bytes": saved,
+            "epoch": row["epoch"],
+        },
+    )
+    parts = [
+        f"epoch {row['epoch']}/{trainer.epochs}",
+        f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2f}%",
+        f"test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.2f}% (best {metrics['top1_best']:.2f}%)",
+        *([f"{speed['median']:.0f} images/s"] if speed else []),
+        *([f"peak {peak / 2**20:.1f} MiB"] if peak else []),
+        f"saved {saved / 2**20:.1f} MiB",
+    ]
+    print(" | ".join(parts), flush=True)

@@ -1,0 +1,60 @@
+"""What every test shares: seeds, a bound on threads, the paths of the repository and of real data."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = 2
+
+# Also for the processes that tests start; a caller's own setting wins.
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+# The same examples on every machine and no per-example deadline: a loaded machine must not turn a test red.
+settings.register_profile("actpress", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("actpress")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - third-party code draws from numpy's global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """Real CIFAR-10 as {train,test}/<class>/*.jpg, at $ACTPRESS_DATA; the test is skipped where that is unset."""
+    value = os.environ.get("ACTPRESS_DATA")
+    if not value:
+        pytest.skip("ACTPRESS_DATA is unset: set it to a folder that holds CIFAR-10 as {train,test}/<class>/*.jpg")
+    root = Path(value)
+    missing = [split for split in ("train", "test") if not (root / split).is_dir()]
+    if missing:
+        pytest.fail(f"ACTPRESS_DATA={value!r} has no folder {' or '.join(missing)}; it must hold train and test")
+    return root

@@ -1,0 +1,187 @@
+"""The installation files agree with each other, and what README.md and `make help` promise exists."""
+
+import ast
+import copy
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import actpress
+import actpress.kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+
+
+def requirements() -> list[Requirement]:
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {name: Version(version) for name, version in pairs}
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, flags=re.MULTILINE))
+
+
+def code_of(document: str) -> str:
+    """What a reader would type: the fenced blocks and inline code of a document."""
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return "\n".join(blocks + inline)
+
+
+def test_every_requirement_is_pinned_inside_its_range():
+    wrong = {
+        str(requirement): str(pins().get(canonicalize_name(requirement.name), "no pin"))
+        for requirement in requirements()
+        if canonicalize_name(requirement.name) not in pins()
+        or not requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+    }
+    assert not wrong
+
+
+def test_every_import_is_declared():
+    """Third-party packages that the code imports, tests included, are direct requirements, not someone else's."""
+    module_of = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL", "pyyaml": "yaml"}
+    declared = {module_of.get(r.name, r.name.replace("-", "_")) for r in requirements()}
+    files = [file for folder in ("src", "kernels", "scripts", "tests") for file in (ROOT / folder).rglob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in files]
+    absolute = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.name for node in absolute if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in absolute if isinstance(node, ast.ImportFrom) and node.level == 0}
+    own = {"actpress", "conftest", *(file.stem for file in files if file.parent.name in ("scripts", "tests"))}
+    assert {name.partition(".")[0] for name in imported} - declared - own - sys.stdlib_module_names == set()
+
+
+def test_constraints_are_sorted_exact_and_free_of_urls():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == sorted(lines, key=lambda line: line.split("==")[0])
+    assert len({line.split("==")[0] for line in lines}) == len(lines)
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == []
+
+
+def test_conda_environment_defers_to_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, last = environment["dependencies"]
+    assert last == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    versions = dict(entry.split("=") for entry in conda)
+    assert set(versions) == {"python", "pip"}
+    assert Version(versions["python"]) in SpecifierSet(PROJECT["project"]["requires-python"])
+
+
+def test_pre_commit_uses_the_pinned_ruff():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    used = {pin for repo in config["repos"] for hook in repo["hooks"] for pin in hook["additional_dependencies"]}
+    assert used == {f"ruff=={pins()['ruff']}"}
+
+
+def test_every_package_folder_is_installed():
+    """setuptools is given an explicit list, since kernels/ is mapped: a folder missing from it would not be shipped."""
+    found = {"actpress"}
+    for folder, prefix in ((ROOT / "src" / "actpress", "actpress"), (ROOT / "kernels", "actpress.kernels")):
+        for file in folder.rglob("*.py"):
+            found.add(".".join((prefix, *file.parent.relative_to(folder).parts)))
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_kernels_import_as_a_subpackage():
+    assert Path(actpress.kernels.__file__).parent == ROOT / "kernels"
+
+
+def test_make_help_lists_every_target():
+    alone = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}  # not a sub-make
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+    shown = help_text.stdout
+    listed = {line.split()[0] for line in shown.splitlines()}
+    assert listed == make_targets()
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
+    assert set(phony.group(1).split()) == make_targets()
+    assert [line for line in shown.splitlines() if len(line.split()) < 2] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_make_targets_exist(document):
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code_of(document)))
+    assert named
+    assert named <= make_targets()
+
+
+def test_scripts_of_the_makefile_exist():
+    named = set(re.findall(r"\bscripts/\w+\.py", MAKEFILE))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_the_readme_lists_exactly_the_methods_that_exist():
+    available = re.findall(r"^\| `(\w+)` \|.*\| available \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(available) == sorted(file.stem for file in (ROOT / "configs" / "method").glob("*.yaml"))
+
+
+def python_block(document: str) -> str:
+    return re.search(r"^```python\n(.*?)^```", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL).group(1)
+
+
+def test_the_library_example_of_the_readme_runs(capsys):
+    exec(compile(python_block("README.md"), "README.md", "exec"), {})
+    before, after = map(float, re.search(r"([\d.]+) MiB -> ([\d.]+) MiB", capsys.readouterr().out).groups())
+    assert after < before / 5
+
+
+def test_the_method_example_of_the_contributing_guide_works():
+    """Kept in bf16: a gradient close to the exact one, in half the bytes, and the same output."""
+    namespace = {"__name__": "half"}
+    exec(compile(python_block("CONTRIBUTING.md"), "CONTRIBUTING.md", "exec"), namespace)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    x = torch.randn(7, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    actpress.apply(twin, namespace["Half"]())
+    assert torch.equal(model(x), twin(x))
+    stock, half = (actpress.measure.saved_bytes(lambda net=net: net(x).sum()) for net in (model, twin))
+    assert half == stock // 2
+    model(x).sum().backward()
+    twin(x).sum().backward()
+    for name, exact in model.named_parameters():
+        error = (twin.get_parameter(name).grad - exact.grad).norm() / exact.grad.norm()
+        assert error < 2**-8, f"{name}: relative error {error:.1e}"  # bf16 rounds by at most 2^-8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_files_exist(document):
+    """Relative links, and paths in code into the folders that are committed; `<name>` stands for any."""
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / document).read_text())
+    paths = re.findall(r"\b(?:src|configs|kernels|tests|results|scripts)/(?>[\w./-]*)(?!<)", code_of(document))
+    assert [path for path in (*links, *paths) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_overrides_name_existing_configs(document):
+    """`model=resnet20` in a command names configs/model/resnet20.yaml, and so for every group."""
+    groups = "model|data|recipe|method|logger|runtime"
+    named = re.findall(rf"(?<![\w.])({groups})=([\w,-]+)", code_of(document))
+    missing = [
+        f"{group}={choice}"
+        for group, choices in named
+        for choice in choices.split(",")
+        if not (ROOT / "configs" / group / f"{choice}.yaml").is_file()
+    ]
+    assert missing == []
