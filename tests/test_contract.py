@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import socket
 from pathlib import Path
 
 import hydra
@@ -15,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import actpress
 from actpress import measure
+from actpress.codec import Like
+from actpress.kernels.layout import is_channels_last
 from actpress.methods import Division
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs/method").glob("*.yaml"))
@@ -149,6 +153,168 @@ def test_gradients_are_finite_and_near_stock(pair):
     assert (
         F.cosine_similarity(*flat, dim=0) > 0.7
     )  # 2 bits on random maps of a few pixels; the paper's claim is for large ones
+
+
+LAYERS = {
+    "linear": (nn.Linear(12, 7), (4, 12)),
+    "linear tokens, odd": (nn.Linear(13, 7), (1, 9, 13)),
+    "linear transposed view": (nn.Linear(9, 7), (2, 13, 9)),
+    "conv 3x3": (nn.Conv2d(6, 8, 3, padding=1), (2, 6, 14, 14)),
+    "conv stride 2, odd": (nn.Conv2d(6, 8, 3, 2, 1), (1, 6, 13, 7)),
+    "conv 1x1 no bias": (nn.Conv2d(6, 8, 1, bias=False), (3, 6, 9, 9)),
+    "conv grouped dilated": (nn.Conv2d(6, 8, 3, padding=2, dilation=2, groups=2), (2, 6, 12, 11)),
+    "batch norm": (nn.BatchNorm2d(6), (2, 6, 13, 9)),
+    "layer norm": (nn.LayerNorm(12), (2, 9, 12)),
+}
+REPLACED = [  # the layers that a method keeps the input of through a codec
+    (method, layer)
+    for method in METHODS
+    for layer, (stock, _) in LAYERS.items()
+    if (found := METHODS[method].replacement("layer", stock)) is not None and found.codec is not None
+]
+
+
+def layer_input(layer, dtype=torch.float64):
+    shape = LAYERS[layer][1]
+    if layer == "linear transposed view":
+        return torch.randn(shape[0], shape[2], shape[1], dtype=dtype).transpose(1, 2)
+    return torch.randn(shape, dtype=dtype) + 0.3
+
+
+def applied(method, layer, dtype=torch.float64):
+    """(stock layer, the same under the method)"""
+    stock = copy.deepcopy(LAYERS[layer][0]).to(dtype)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, METHODS[method])
+    return stock, ours
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("method,layer", REPLACED)
+def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory_format):
+    """Weight gradients are those of the layer at x~ = decode(encode(x)), input and bias gradients those of stock.
+
+    Norms: their statistics stay exact, so the reference is written out: with n = (x~ - mean) / deviation, the gradient of y = w n + b.
+    """
+    stock, ours = applied(method, layer)
+    x = layer_input(layer)
+    if x.dim() == 4:
+        x = x.to(memory_format=memory_format)
+    elif memory_format == torch.channels_last:
+        pytest.skip("channels_last is for maps")
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    like = Like(x.shape, x.dtype, is_channels_last(leaf))
+    twin = copy.deepcopy(ours)  # the same noise
+    decoded = twin.codec.decode(twin.codec.encode(leaf.detach(), twin.context), like)
+    y = ours(leaf)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    exact = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    stock(exact).backward(dy)
+    if isinstance(stock, nn.BatchNorm2d | nn.LayerNorm):
+        axes = (0, 2, 3) if isinstance(stock, nn.BatchNorm2d) else (-1,)
+        shape = (1, -1, 1, 1) if isinstance(stock, nn.BatchNorm2d) else (-1,)
+        rstd = (x.var(axes, unbiased=False, keepdim=True) + stock.eps).rsqrt()
+        n = (decoded - x.mean(axes, keepdim=True)) * rstd
+        g = dy * stock.weight.view(shape)
+        expected_dx = rstd * (g - g.mean(axes, keepdim=True) - n * (g * n).mean(axes, keepdim=True))
+        expected_dw = (dy * n).sum((0, 2, 3) if x.dim() == 4 else (0, 1))
+    else:
+        expected_dx = exact.grad
+        (expected_dw,) = torch.autograd.grad(stock(decoded), stock.weight, dy)
+    # float64: the same sums in another order
+    torch.testing.assert_close(leaf.grad, expected_dx.detach(), rtol=1e-9, atol=1e-9, msg=lambda m: f"dx: {m}")
+    torch.testing.assert_close(ours.weight.grad, expected_dw.detach(), rtol=1e-9, atol=1e-9, msg=lambda m: f"dW: {m}")
+    if getattr(stock, "bias", None) is not None:
+        torch.testing.assert_close(ours.bias.grad, stock.bias.grad, rtol=1e-9, atol=1e-9, msg=lambda m: f"db: {m}")
+
+
+@pytest.mark.parametrize("method,layer", REPLACED)
+def test_bf16_stays_bf16(method, layer):
+    """Under autocast the layer keeps, of its input, no more than a bf16 copy."""
+    stock, ours = applied(method, layer, torch.float32)
+    x = layer_input(
+        layer, torch.bfloat16 if isinstance(stock, nn.BatchNorm2d | nn.LayerNorm) else torch.float32
+    ).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ours(x)
+        assert y.dtype == stock(x).dtype
+    statistics = 8 * max(x.shape[0] * x.shape[1], x.shape[1])
+    kept = [t for t in y.grad_fn.saved_tensors if t is not None and not any(t is p for p in ours.parameters())]
+    assert sum(t.nbytes for t in kept) <= 2 * x.numel() + statistics
+    y.float().sum().backward()
+    assert x.grad.dtype == x.dtype and ours.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method,layer", REPLACED)
+def test_in_place_change_of_anything_kept_is_caught(method, layer):
+    _, ours = applied(method, layer)
+    parameters = {id(p) for p in ours.parameters()}
+    kept = range(
+        len([t for t in ours(layer_input(layer)).grad_fn.saved_tensors if t is not None and id(t) not in parameters])
+    )
+    assert kept
+    for i in kept:
+        loss = ours(layer_input(layer)).sum()
+        tensors = [
+            t for t in loss.grad_fn.next_functions[0][0].saved_tensors if t is not None and id(t) not in parameters
+        ]
+        tensors[i].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+LOSSLESS = {"none": {}, "pooling": {"block": 1}, "pruning": {"sparsity": 0.0}}  # methods that have such a setting
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_the_lossless_setting_has_the_gradients_of_stock(name):
+    stock, (x, y) = convnet(), batch()
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, type(METHODS[name])(**LOSSLESS[name]))
+    exact, got = grads(stock, x, y), grads(ours, x, y)
+    for parameter, gradient in exact.items():
+        torch.testing.assert_close(
+            got[parameter], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+
+
+def _train_under_ddp(rank, port, results):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for name, method in METHODS.items():
+        torch.manual_seed(0)
+        net = convnet()
+        actpress.apply(net, method)
+        twin = copy.deepcopy(net)
+        torch.manual_seed(rank)  # another batch on each rank
+        x, y = batch()
+        own = grads(twin, x, y)
+        torch.manual_seed(rank)
+        batch()
+        shared = torch.nn.parallel.DistributedDataParallel(net)
+        torch.manual_seed(5)
+        F.cross_entropy(shared(x), y).backward()
+        for parameter, p in net.named_parameters():
+            mean = own[parameter]
+            torch.distributed.all_reduce(mean)
+            # bf16-free sums of two ranks: rounding only
+            torch.testing.assert_close(
+                p.grad, mean / 2, rtol=1e-4, atol=1e-6, msg=lambda m, p=parameter: f"{name} {p}: {m}"
+            )
+        results.put((rank, name))
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_under_ddp_are_the_mean_over_ranks():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_train_under_ddp, (port, results), nprocs=2)
+    done = {results.get() for _ in range(2 * len(METHODS))}
+    assert done == {(rank, name) for rank in (0, 1) for name in METHODS}
 
 
 def test_works_inside_a_checkpoint(pair):
