@@ -299,10 +299,8 @@ def _train_under_ddp(rank, port, results):
         for parameter, p in net.named_parameters():
             mean = own[parameter]
             torch.distributed.all_reduce(mean)
-            # bf16-free sums of two ranks: rounding only
-            torch.testing.assert_close(
-                p.grad, mean / 2, rtol=1e-4, atol=1e-6, msg=lambda m, p=parameter: f"{name} {p}: {m}"
-            )
+            error = (p.grad - mean / 2).norm() / mean.norm()
+            assert error < 1e-4, f"{name}, {parameter}: relative error {error}"  # fp32 sums in another order
         results.put((rank, name))
     torch.distributed.destroy_process_group()
 

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,8 +162,8 @@ class Trainer:
         if self.scheduler:
             self.scheduler.step_update(self.step + 1)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.precision == torch.float32 else torch.autocast(self.device.type, self.precision)
 
     # Steps that measure
 

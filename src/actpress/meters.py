@@ -13,17 +13,18 @@ class Sums:
     """
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss * samples, correct predictions
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)  # times samples
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = 0
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        samples = len(y)
-        self._sums += torch.stack((loss.double() * samples, (logits.argmax(1) == y).sum().double()))
-        self.samples += samples
+        self._loss.add_(loss, alpha=len(y))
+        self._correct.add_((logits.argmax(1) == y).sum())
+        self.samples += len(y)
 
     def read(self) -> tuple[float, float, int]:
         """(loss summed over samples, correct predictions, samples); waits for the device."""
-        loss, correct = self._sums.tolist()
+        loss, correct = torch.stack((self._loss, self._correct.double())).tolist()
         return loss, correct, self.samples
 
 
