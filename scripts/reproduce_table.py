@@ -3,6 +3,7 @@
 python scripts/reproduce_table.py                      what this machine can do, on one page: results/tables/index.md
 python scripts/reproduce_table.py division_memory      tables by name (configs/tables/*.yaml)
 python scripts/reproduce_table.py [NAME] dry=true      print what would be run, and run nothing
+python scripts/reproduce_table.py division_accuracy data.source=folder data.root=DIR      overrides for every row
 
 Memory tables are predicted with fake tensors. Training tables are made of the records of runs; runs that have none are trained first,
 so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json.
@@ -10,10 +11,13 @@ so an interrupted table goes on where it stopped. Writes results/tables/NAME.md 
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from actpress import cli, record, tables
@@ -27,10 +31,10 @@ FINISHED = ("ok", "oom", "diverged")
 
 def main(arguments: list[str]) -> None:
     with bad_input():
-        names, dry = parse(arguments)
+        names, overrides, dry = parse(arguments)
         folder = CONFIGS / "tables"
         wanted = [tables.load(folder, name) for name in names or tables.names(folder)]
-    wanted = [table for table in wanted if names or table.default]
+    wanted = [with_overrides(table, overrides) for table in wanted if names or table.default]
     if dry:
         print("\n".join(line for table in wanted for line in plan(table)))
         return
@@ -39,14 +43,20 @@ def main(arguments: list[str]) -> None:
         write_text(PAGES / "index.md", "# Reproduced on one machine\n\n" + "\n".join(pages))
 
 
-def parse(arguments: list[str]) -> tuple[list[str], bool]:
-    """(table names, dry) of the command line."""
+def parse(arguments: list[str]) -> tuple[list[str], list[str], bool]:
+    """(table names, overrides, dry) of the command line."""
     names = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    for key, value in options.items():
-        if key != "dry" or value not in ("true", "false"):
-            raise ValueError(f"option {key}={value} is unknown; allowed: dry=true, dry=false")
-    return names, options.get("dry") == "true"
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("dry=")]
+    dry = [argument.removeprefix("dry=") for argument in arguments if argument.startswith("dry=")] or ["false"]
+    if dry[-1] not in ("true", "false"):
+        raise ValueError(f"dry={dry[-1]}, allowed: true, false")
+    return names, overrides, dry[-1] == "true"
+
+
+def with_overrides(table: tables.Table, overrides: list[str]) -> tables.Table:
+    """The table with more overrides in every row."""
+    cells = [replace(cell, overrides=(*cell.overrides, *overrides)) for cell in table.cells]
+    return replace(table, cells=cells)
 
 
 def plan(table: tables.Table) -> list[str]:
@@ -54,8 +64,8 @@ def plan(table: tables.Table) -> list[str]:
     lines = [f"{table.name}: {table.title}"]
     for cell in table.cells:
         name = ", ".join(map(str, cell.labels.values()))
-        if cell.requires:
-            lines.append(f"  {name}: not run here, needs {cell.requires}")
+        if missing := lacking(cell):
+            lines.append(f"  {name}: not run here, needs {tables.needs(missing)}")
         elif table.kind == "memory":
             lines.append(f"  {name}: predicted with fake tensors, seconds, no data  [{' '.join(cell.overrides)}]")
         else:
@@ -73,7 +83,11 @@ def make(table: tables.Table) -> str:
     environments: list[dict[str, Any]] = []
     for cell in table.cells:
         values = []
-        for seed in () if cell.requires else table.seeds:
+        for seed in table.seeds:
+            if lacking(cell) and not (
+                table.kind == "training" and cell.overrides and usable(table, compose(cell, seed))
+            ):
+                continue
             numbers, environment = (predict if table.kind == "memory" else train)(table, cell, seed)
             values.append(numbers)
             environments.append(environment)
@@ -85,6 +99,20 @@ def make(table: tables.Table) -> str:
     record.write(PAGES / f"{table.name}.json", tables.as_json(table, results, environments[0] if environments else {}))
     write_text(PAGES / f"{table.name}.md", text)
     return text
+
+
+def lacking(cell: tables.Cell) -> tuple[str, ...]:
+    """What the cell requires and this machine lacks."""
+    return tuple(need for need in cell.requires if not here(need, cell))
+
+
+def here(need: str, cell: tables.Cell) -> bool:
+    if need == "gpu":
+        return torch.cuda.is_available()
+    if need == "imagenet":
+        root = Path(compose(cell, seed=0).data.root)
+        return (root / "train").is_dir() and any((root / name).is_dir() for name in ("val", "validation"))
+    return False  # a method or a thing that does not exist here
 
 
 def predict(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,7 +164,12 @@ def usable(table: tables.Table, cfg: DictConfig) -> bool:
 
 def compose(cell: tables.Cell, seed: int) -> DictConfig:
     """The training config of a cell."""
-    return cli.compose([*cell.overrides, f"seed={seed}"], CONFIGS)
+    return _compose((*cell.overrides, f"seed={seed}"))
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    return cli.compose(list(overrides), CONFIGS)
 
 
 def provenance(table: tables.Table, environments: list[dict[str, Any]]) -> str:

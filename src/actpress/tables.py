@@ -20,6 +20,7 @@ from actpress import measure, swap
 KINDS = ("memory", "training")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0}
 DECIMALS = {"GiB": 3, "MiB": 1, "%": 2, "images/s": 0}
+NEEDS = {"gpu": "a GPU", "imagenet": "ImageNet"}  # what a machine may have or lack
 VERSUS = ("ratio", "difference", "change")
 REUSE = (
     "any",
@@ -58,12 +59,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the rendered table. paper: metric -> number in the metric's unit, or a word. requires: what is missing to run it."""
+    """One row of the rendered table. paper: metric -> number in the metric's unit, or a word. requires: what it takes to run it, names
+    of NEEDS or words ("method actnn") for what is not there at all."""
 
     labels: dict[str, Any]
     overrides: tuple[str, ...]
     paper: dict[str, Any]
-    requires: str | None = None
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics:
     for metric in paper:
         _allowed(name, "paper metric", metric, metrics)
     overrides = (*common, *row.get("overrides", ()))
+    requires = row.get("requires", ())
+    requires = (requires,) if isinstance(requires, str) else tuple(requires)
     if not sweep:
-        return [Cell(row["labels"], overrides, paper, row.get("requires"))]
+        return [Cell(row["labels"], overrides, paper, requires)]
     ((label, swept),) = sweep.items()
     for metric, numbers in paper.items():
         if len(numbers) != len(swept["values"]):
@@ -138,7 +142,7 @@ def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics:
             row["labels"] | {label: value},
             (*overrides, f"{swept['override']}={value}"),
             {metric: numbers[i] for metric, numbers in paper.items()},
-            row.get("requires"),
+            requires,
         )
         for i, value in enumerate(swept["values"])
     ]
@@ -244,7 +248,8 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     measured = "measured (fake tensors)" if table.kind == "memory" else "measured"
     for _, metric, has_paper in columns:
         head.append(f"{metric.label}, {metric.unit}: {measured}")
-        head += ["paper", "difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
+        head += ["paper"] if has_paper else []
+        head += ["difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
         baselines = table.baselines if metric.versus_baseline else []
         head += [f"vs {', '.join(map(str, labels.values()))}" for labels in baselines]
     lines = [f"## {table.title}", "", f"Source: {table.source}.", "", _row(head), _row(["---"] * len(head))]
@@ -252,7 +257,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
         row = [str(result.cell.labels[label]) for label in labels]
         for name, metric, has_paper in columns:
             summary = result.summaries[name]
-            row.append(_measured(metric, summary, result.cell.requires if name == columns[0][0] else None))
+            row.append(_measured(metric, summary, result.cell.requires if name == columns[0][0] else ()))
             if has_paper and metric.tolerance:
                 row += [
                     metric.printed(result.cell.paper.get(name)),
@@ -265,13 +270,18 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), "", provenance, ""])
 
 
+def needs(requires: tuple[str, ...]) -> str:
+    """What a cell takes, in words."""
+    return " and ".join(NEEDS.get(need, need) for need in requires)
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _measured(metric: Metric, summary: Summary, requires: str | None) -> str:
+def _measured(metric: Metric, summary: Summary, requires: tuple[str, ...]) -> str:
     if summary.mean is None:
-        return f"not run (needs {requires})" if requires else "not run"
+        return f"not run (needs {needs(requires)})" if requires else "not run"
     text = metric.text(summary.mean)
     if summary.deviation is not None:
         text += f" ± {metric.text(summary.deviation)}"
@@ -305,7 +315,7 @@ def as_json(table: Table, results: list[Result], environment: Mapping[str, Any])
             {
                 "labels": result.cell.labels,
                 "overrides": list(result.cell.overrides),
-                "requires": result.cell.requires,
+                "requires": list(result.cell.requires),
                 "paper": result.cell.paper,
                 "values": result.values,
                 "summary": {name: vars(summary) for name, summary in result.summaries.items()},
