@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from actpress import cli, record, tables
+from actpress import cli, data, fidelity, record, tables
 from actpress.run import InputError, bad_input, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,8 +67,13 @@ def plan(table: tables.Table) -> list[str]:
         name = ", ".join(map(str, cell.labels.values()))
         if missing := lacking(cell):
             lines.append(f"  {name}: not run here, needs {tables.needs(missing)}")
-        elif table.kind == "memory":
-            lines.append(f"  {name}: predicted with fake tensors, seconds, no data  [{' '.join(cell.overrides)}]")
+        elif table.kind != "training":
+            how = (
+                "predicted with fake tensors, seconds, no data"
+                if table.kind == "memory"
+                else "gradients at trained weights"
+            )
+            lines.append(f"  {name}: {how}  [{' '.join(cell.overrides)}]")
         else:
             for seed in table.seeds:
                 cfg = compose(cell, seed)
@@ -79,6 +85,8 @@ def plan(table: tables.Table) -> list[str]:
 def make(table: tables.Table) -> str:
     """Measure, render and write one table; returns its Markdown."""
     print(table.title, flush=True)
+    if table.kind == "fidelity":
+        return make_fidelity(table)
     measured: list[tables.Values] = []
     environments: list[dict[str, Any]] = []
     for cell in table.cells:
@@ -109,9 +117,9 @@ def lacking(cell: tables.Cell) -> tuple[str, ...]:
 def here(need: str, cell: tables.Cell) -> bool:
     if need == "gpu":
         return torch.cuda.is_available()
-    if need == "imagenet":
-        root = Path(compose(cell, seed=0).data.root)
-        return (root / "train").is_dir() and any((root / name).is_dir() for name in ("val", "validation"))
+    if need in ("imagenet", "cifar10"):
+        root, tests = Path(compose(cell, seed=0).data.root), {"imagenet": ("val", "validation"), "cifar10": ("test",)}
+        return (root / "train").is_dir() and any((root / name).is_dir() for name in tests[need])
     return False  # a method or a thing that does not exist here
 
 
@@ -128,12 +136,55 @@ def predict(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str
     return numbers, record.environment("cpu")
 
 
+def make_fidelity(table: tables.Table) -> str:
+    """Train the network of a fidelity table, unless its checkpoint is there, and compare the gradients of the rows' methods on it."""
+    missing = {need for cell in table.cells for need in lacking(cell)}
+    found, layers, environments = {}, [], []
+    if not missing:
+        stock = replace(table.cells[0], overrides=(*table.cells[0].overrides, "method=none"))
+        stock = replace(stock, overrides=tuple(o for o in stock.overrides if not o.startswith("method.")))
+        cfg = compose(stock, table.seeds[0])
+        record_of_training(table, stock, table.seeds[0])
+        weights = torch.load(ROOT / files_of(cfg).checkpoint, map_location="cpu", weights_only=True)["model"]
+        images = data.create(cfg.data, cfg.recipe, device=torch.device("cpu"), seed=cfg.seed, workers=0)
+        images.train.set_epoch(0)
+        model = hydra.utils.instantiate(cfg.model)
+        model.load_state_dict(weights)
+        methods = {cell.labels["method"]: hydra.utils.instantiate(compose(cell, 0).method) for cell in table.cells}
+        batches = list(islice(images.train, table.fidelity["batches"]))
+        found = fidelity.compare(model.train(), methods, batches, table.fidelity["draws"])
+        layers = [name for name, p in model.named_parameters() if fidelity.is_layer_weight(name, p)]
+        environments = [record.environment("cpu") | {"trained": record.run_id(cfg), "label": images.label}]
+    body = (
+        fidelity.render(found, layers, tuple(table.fidelity["pair"]))
+        if found
+        else f"not run (needs {tables.needs(tuple(missing))})"
+    )
+    trained = f"Trained: {environments[0]['trained']}, {environments[0]['label']}. " if environments else ""
+    notes = [f"- {note}" for note in table.notes]
+    head = [f"## {table.title}", "", f"Source: {table.source}.", "", body, "", *notes, ""]
+    text = "\n".join([*head, trained + provenance(table, environments), ""])
+    record.write(PAGES / f"{table.name}.json", {"table": table.name, "layers": found, "environment": environments})
+    write_text(PAGES / f"{table.name}.md", text)
+    return text
+
+
 def train(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, environment) of a cell of a training table, from its record; trained first if there is none."""
+    found = record_of_training(table, cell, seed)
+    metrics = found["metrics"] | {"train_images_per_s": (found["metrics"]["train_images_per_s"] or {}).get("median")}
+    if found["status"] != "ok":
+        metrics = dict.fromkeys(metrics, found["status"].upper())
+    return metrics, found["environment"]
+
+
+def record_of_training(table: tables.Table, cell: tables.Cell, seed: int) -> dict[str, Any]:
+    """The record of a cell's run, which is trained unless it has one, and, for a fidelity table, unless its weights are there."""
     cfg = compose(cell, seed)
-    path = ROOT / files_of(cfg).record
-    if not usable(table, cfg):
-        anew = "resume=false" if path.exists() else "resume=true"
+    files = files_of(cfg)
+    path = ROOT / files.record
+    if not usable(table, cfg) or (table.kind == "fidelity" and not (ROOT / files.checkpoint).exists()):
+        anew = "resume=false" if path.exists() and table.kind != "fidelity" else "resume=true"
         command = [
             sys.executable,
             str(ROOT / "scripts" / "train.py"),
@@ -145,11 +196,7 @@ def train(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, 
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if code not in (0, cli.UNHAPPY_END):
             raise InputError(f"training {record.run_id(cfg)} failed with exit code {code}; its message is above")
-    found = record.read(path)
-    metrics = found["metrics"] | {"train_images_per_s": (found["metrics"]["train_images_per_s"] or {}).get("median")}
-    if found["status"] != "ok":
-        metrics = dict.fromkeys(metrics, found["status"].upper())
-    return metrics, found["environment"]
+    return record.read(path)
 
 
 def usable(table: tables.Table, cfg: DictConfig) -> bool:

@@ -8,6 +8,7 @@ Markdown. A number that was not measured reads "not run" and says what it needs;
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from torch import nn
 
 from actpress import measure, swap
 
-KINDS = ("memory", "training")
+KINDS = ("memory", "training", "fidelity")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0}
 DECIMALS = {"GiB": 3, "MiB": 1, "%": 2, "images/s": 0}
-NEEDS = {"gpu": "a GPU", "imagenet": "ImageNet"}  # what a machine may have or lack
+NEEDS = {
+    "gpu": "a GPU",
+    "imagenet": "ImageNet",
+    "cifar10": "CIFAR-10 as image files",
+}  # what a machine may have or lack
 VERSUS = ("ratio", "difference", "change")
 REUSE = (
     "any",
@@ -31,12 +36,16 @@ REUSE = (
 @dataclass(frozen=True)
 class Metric:
     """A column. tolerance: relative difference to the paper that counts as reproduced. versus_baseline: how a cell is set against
-    each baseline row: "ratio" (baseline / cell), "difference" (cell - baseline) or "change" (cell / baseline - 1)."""
+    each baseline row: "ratio" (baseline / cell), "difference" (cell - baseline) or "change" (cell / baseline - 1).
+    reduction_of: the metric of which this one is the reduction against the first baseline, in percent; it is not measured by itself.
+    reference: what the "paper" column is called where its numbers are not the paper's."""
 
     label: str
     unit: str
     tolerance: float | None = None
     versus_baseline: str | None = None
+    reduction_of: str | None = None
+    reference: str = "paper"
 
     def text(self, value: Any) -> str:
         """A value in the metric's unit; words ("OOM") as they are, None as "not available"."""
@@ -81,6 +90,9 @@ class Table:
     notes: tuple[str, ...] = ()
     default: bool = False  # part of what `make reproduce-table` does without a name
     reuse: str = "any"  # which records of finished runs may stand in it
+    fidelity: dict[str, Any] = field(
+        default_factory=dict
+    )  # of kind fidelity: batches, draws, pair of row labels to compare
 
 
 Values = list[dict[str, Any]]  # one {metric: value in bytes, percent or images/s, or a word} for each seed
@@ -102,6 +114,7 @@ def load(folder: Path, name: str) -> Table:
     for metric in metrics.values():
         _allowed(name, "unit", metric.unit, UNITS)
         _allowed(name, "versus_baseline", metric.versus_baseline, (None, *VERSUS))
+        _allowed(name, "reduction_of", metric.reduction_of, (None, *metrics))
     cells = [
         cell for row in raw["rows"] for cell in _expand(name, row, raw.get("common", []), raw.get("sweep", {}), metrics)
     ]
@@ -118,6 +131,7 @@ def load(folder: Path, name: str) -> Table:
         tuple(raw.get("notes", ())),
         raw.get("default", False),
         raw.get("reuse", "any"),
+        raw.get("fidelity", {}),
     )
 
 
@@ -159,7 +173,8 @@ def memory(
     """Predicted memory of one training step, in bytes, with fake tensors: nothing is allocated.
 
     precision: fp32, bf16 or fp16 (autocast). Cross-entropy; SGD with momentum.
-    saved_bytes: the ruler's. model_input_saved: parameters and buffers, input, saved for backward, each storage once.
+    saved_bytes: the ruler's. index_bytes: the part of it in int32, positions of blocks. model_input_saved: parameters and buffers, input,
+    saved for backward, each storage once. training_bytes: four times the parameters (weights, gradients, two moments), input, saved.
     authors_activation, authors_total: as DIVISION and ActNN report them. The first is what is allocated after the forward pass less
     before the image copy, less loss and logits: the image counts. The second is allocated before the backward pass plus after it less at
     the start: activation, parameters, buffers, gradients, momentum, and the image once more.
@@ -176,7 +191,11 @@ def memory(
         activation = saved.count(also=[x], less=[logits, loss, y])
         return {
             "saved_bytes": saved.bytes,
+            "index_bytes": sum(
+                t.untyped_storage().nbytes() for t in saved.storages().values() if t.dtype == torch.int32
+            ),
             "parameter_bytes": parameters,
+            "training_bytes": 4 * parameters + saved.count(also=[x]),
             "model_input_saved": state + saved.count(also=[x]),
             "authors_activation": activation,
             "authors_total": activation + state + 2 * parameters + x.nbytes,
@@ -207,18 +226,34 @@ class Result:
 def summarise(table: Table, values: list[Values]) -> list[Result]:
     """values: for each cell of the table the measured dicts, one a seed; empty where nothing was run."""
     results = [Result(cell, measured) for cell, measured in zip(table.cells, values, strict=True)]
+    _add_reductions(table, results)
     for result in results:
         for name, metric in table.metrics.items():
             result.summaries[name] = _summary(metric, [v.get(name) for v in result.values], result.cell.paper.get(name))
     for result in results:
         for labels in table.baselines:
-            base = next((r for r in results if r.cell.labels == result.cell.labels | labels), result)
+            base = _baseline(results, result, labels)
             for name, metric in table.metrics.items():
                 versus = (
                     None if base is result else _versus(metric, result.summaries[name].mean, base.summaries[name].mean)
                 )
                 result.summaries[name].versus.append(versus)
     return results
+
+
+def _baseline(results: list[Result], result: Result, labels: Mapping[str, Any]) -> Result:
+    """The row that differs from `result` in the baseline's labels; `result` itself if it is the baseline or has none."""
+    return next((r for r in results if r.cell.labels == result.cell.labels | labels), result)
+
+
+def _add_reductions(table: Table, results: list[Result]) -> None:
+    """Fill in, seed by seed, the metrics that are reductions of others."""
+    derived = {name: metric.reduction_of for name, metric in table.metrics.items() if metric.reduction_of}
+    for result in results if table.baselines else ():
+        base = _baseline(results, result, table.baselines[0])
+        for (own, stock), (name, of) in product(zip(result.values, base.values, strict=False), derived.items()):
+            if base is not result and all(isinstance(values.get(of), int | float) for values in (own, stock)):
+                own[name] = 100 * (1 - own[of] / stock[of])
 
 
 def _summary(metric: Metric, values: list[Any], paper: Any) -> Summary:
