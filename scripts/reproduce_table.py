@@ -6,7 +6,8 @@ python scripts/reproduce_table.py [NAME] dry=true      print what would be run, 
 python scripts/reproduce_table.py division_accuracy data.source=folder data.root=DIR      overrides for every row
 
 Memory tables are predicted with fake tensors. Training tables are made of the records of runs; runs that have none are trained first,
-so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json.
+so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json, and the index of
+all tables, results/README.md.
 """
 
 import subprocess
@@ -21,7 +22,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from actpress import cli, data, fidelity, record, tables
+from actpress import cli, data, fidelity, headlines, record, tables
 from actpress.run import InputError, bad_input, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> None:
     pages = [make(table) for table in wanted]
     if not names:
         write_text(PAGES / "index.md", "# Reproduced on one machine\n\n" + "\n".join(pages))
+    write_text(PAGES.parent / "README.md", headlines.index(PAGES))
 
 
 def parse(arguments: list[str]) -> tuple[list[str], list[str], bool]:
@@ -99,12 +101,15 @@ def make(table: tables.Table) -> str:
             numbers, environment = (predict if table.kind == "memory" else train)(table, cell, seed)
             values.append(numbers)
             environments.append(environment)
-            shown = ", ".join(f"{m.label} {m.show(numbers.get(key))}" for key, m in table.metrics.items())
+            shown = ", ".join(
+                f"{m.label} {m.show(numbers.get(key))}" for key, m in table.metrics.items() if not m.reduction_of
+            )
             print(f"  {', '.join(map(str, cell.labels.values()))}: {shown}", flush=True)
         measured.append(values)
     results = tables.summarise(table, measured)
     text = tables.render(table, results, provenance(table, environments))
-    record.write(PAGES / f"{table.name}.json", tables.as_json(table, results, environments[0] if environments else {}))
+    about = tables.as_json(table, results, environments[0] if environments else {})
+    record.write(PAGES / f"{table.name}.json", about | {"headlines": headlines.fill(table.headlines, results)})
     write_text(PAGES / f"{table.name}.md", text)
     return text
 
@@ -164,7 +169,8 @@ def make_fidelity(table: tables.Table) -> str:
     notes = [f"- {note}" for note in table.notes]
     head = [f"## {table.title}", "", f"Source: {table.source}.", "", body, "", *notes, ""]
     text = "\n".join([*head, trained + provenance(table, environments), ""])
-    record.write(PAGES / f"{table.name}.json", {"table": table.name, "layers": found, "environment": environments})
+    about = {"table": table.name, "title": table.title, "measured": f"{len(found)} of {len(table.cells)}"}
+    record.write(PAGES / f"{table.name}.json", about | {"layers": found, "environment": environments})
     write_text(PAGES / f"{table.name}.md", text)
     return text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from actpress import tables
+from actpress import headlines, tables
 from actpress.methods import Division, Stock
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,30 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 def test_unknown_table_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"table 'nosuch' not found, allowed: .*division_memory"):
         tables.load(FOLDER, "nosuch")
+
+
+CLAIM = {"paper": "P", "claim": "small", "metric": "saved_bytes", "text": "{:.1f}x", "show": "versus"}
+
+
+@pytest.mark.parametrize(
+    "row,limit,measured,verdict",
+    [
+        ({"method": "division", "batch": 2}, {"at_least": 3}, "4.0x", "holds"),
+        ({"method": "division", "batch": 2}, {"at_least": 5}, "4.0x", "does not hold"),
+        ({"method": "division", "batch": 2}, {"at_most": 5}, "4.0x", "holds"),
+        ({"method": "actnn"}, {"at_least": 3}, "not run", "open"),
+    ],
+)
+def test_headlines_say_what_was_measured(small, row, limit, measured, verdict):
+    (told,) = headlines.fill([CLAIM | {"row": row} | limit], results(small))
+    assert told == {"paper": "P", "claim": "small", "measured": measured, "verdict": verdict}
+
+
+def test_headlines_name_mistakes(small):
+    with pytest.raises(ValueError, match="no row"):
+        headlines.fill([CLAIM | {"row": {"method": "nosuch"}, "at_least": 1}], results(small))
+    with pytest.raises(ValueError, match="show 'ratio', allowed: mean, difference, versus"):
+        headlines.fill([CLAIM | {"row": {"method": "none"}, "at_least": 1, "show": "ratio"}], results(small))
 
 
 @pytest.mark.parametrize("name", tables.names(FOLDER))

@@ -131,6 +131,7 @@ def load(folder: Path, name: str) -> Table:
         tuple(raw.get("notes", ())),
         raw.get("default", False),
         raw.get("reuse", "any"),
+        tuple(raw.get("headlines", ())),
         raw.get("fidelity", {}),
     )
 
@@ -345,6 +346,7 @@ def as_json(table: Table, results: list[Result], environment: Mapping[str, Any])
         "title": table.title,
         "source": table.source,
         "kind": table.kind,
+        "measured": f"{sum(bool(result.values) for result in results)} of {len(results)}",
         "units": {name: metric.unit for name, metric in table.metrics.items()},
         "rows": [
             {

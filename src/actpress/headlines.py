@@ -1,0 +1,70 @@
+"""One line per claim of a paper: claim | measured here | verdict. Written in a table's YAML, filled in from what was measured.
+
+headlines:
+  - paper: DIVISION
+    claim: what the paper says
+    row: {method: DIVISION, batch: 64}      the labels of the row that speaks to it; labels left out match anything
+    metric: saved_bytes
+    show: versus                            mean, difference (to the paper) or versus (the first baseline)
+    text: "{:.1f}x less than stock"         what was measured, in words
+    at_least: 10                            or at_most: for which value the claim holds
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actpress import record, tables
+
+SHOW = ("mean", "difference", "versus")
+
+
+def fill(headlines: Sequence[Mapping[str, Any]], results: Sequence[tables.Result]) -> list[dict[str, str]]:
+    """Each headline as {paper, claim, measured, verdict}; "not run" where its row was not measured. Raises ValueError if no row fits."""
+    return [_fill(headline, results) for headline in headlines]
+
+
+def _fill(headline: Mapping[str, Any], results: Sequence[tables.Result]) -> dict[str, str]:
+    row = next((r for r in results if headline["row"].items() <= r.cell.labels.items()), None)
+    if row is None or headline["metric"] not in row.summaries:
+        raise ValueError(f"headline {headline['claim']!r}: no row {headline['row']} with metric {headline['metric']!r}")
+    if headline["show"] not in SHOW:
+        raise ValueError(f"headline {headline['claim']!r}: show {headline['show']!r}, allowed: {', '.join(SHOW)}")
+    summary = row.summaries[headline["metric"]]
+    value = (
+        summary.versus[0]
+        if headline["show"] == "versus" and summary.versus
+        else getattr(summary, headline["show"], None)
+    )
+    told = {"paper": headline["paper"], "claim": headline["claim"]}
+    if not isinstance(value, float):
+        return told | {"measured": "not run", "verdict": "open"}
+    holds = value >= headline["at_least"] if "at_least" in headline else value <= headline["at_most"]
+    return told | {"measured": headline["text"].format(value), "verdict": "holds" if holds else "does not hold"}
+
+
+def index(folder: Path) -> str:
+    """Markdown over all tables rendered into `folder`: the headlines, then a line per table."""
+    pages = [record.read(path) for path in sorted(folder.glob("*.json"))]
+    lines = [
+        "# Results",
+        "",
+        "Made by `make reproduce-table` and `make tables` from what is in this folder; nothing is typed.",
+        "",
+    ]
+    lines += ["| paper | claim | measured here | verdict | table |", "| --- | --- | --- | --- | --- |"]
+    for page in pages:
+        link = f"[{page['table']}](tables/{page['table']}.md)"
+        for told in page.get("headlines", []):
+            lines.append(f"| {told['paper']} | {told['claim']} | {told['measured']} | {told['verdict']} | {link} |")
+    lines += ["", "| table | what | rows measured |", "| --- | --- | --- |"]
+    for page in pages:
+        lines.append(f"| [{page['table']}](tables/{page['table']}.md) | {page['title']} | {page['measured']} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The records of training runs are in [runs](runs); dated notes, negative results too, in [LOG.md](LOG.md).",
+            "",
+        ]
+    )
