@@ -90,9 +90,8 @@ class Table:
     notes: tuple[str, ...] = ()
     default: bool = False  # part of what `make reproduce-table` does without a name
     reuse: str = "any"  # which records of finished runs may stand in it
-    fidelity: dict[str, Any] = field(
-        default_factory=dict
-    )  # of kind fidelity: batches, draws, pair of row labels to compare
+    headlines: tuple[dict[str, Any], ...] = ()  # see actpress.headlines
+    fidelity: dict[str, Any] = field(default_factory=dict)  # kind fidelity: batches, draws, pair of methods to compare
 
 
 Values = list[dict[str, Any]]  # one {metric: value in bytes, percent or images/s, or a word} for each seed
@@ -120,19 +119,19 @@ def load(folder: Path, name: str) -> Table:
     ]
     _allowed(name, "reuse", raw.get("reuse", "any"), REUSE)
     return Table(
-        name,
-        raw["title"],
-        raw["source"],
-        raw["kind"],
-        metrics,
-        cells,
-        raw.get("baselines", []),
-        tuple(raw.get("seeds", (0,))),
-        tuple(raw.get("notes", ())),
-        raw.get("default", False),
-        raw.get("reuse", "any"),
-        tuple(raw.get("headlines", ())),
-        raw.get("fidelity", {}),
+        name=name,
+        title=raw["title"],
+        source=raw["source"],
+        kind=raw["kind"],
+        metrics=metrics,
+        cells=cells,
+        baselines=raw.get("baselines", []),
+        seeds=tuple(raw.get("seeds", (0,))),
+        notes=tuple(raw.get("notes", ())),
+        default=raw.get("default", False),
+        reuse=raw.get("reuse", "any"),
+        headlines=tuple(raw.get("headlines", ())),
+        fidelity=raw.get("fidelity", {}),
     )
 
 
@@ -253,7 +252,7 @@ def _add_reductions(table: Table, results: list[Result]) -> None:
     for result in results if table.baselines else ():
         base = _baseline(results, result, table.baselines[0])
         for (own, stock), (name, of) in product(zip(result.values, base.values, strict=False), derived.items()):
-            if base is not result and all(isinstance(values.get(of), int | float) for values in (own, stock)):
+            if all(isinstance(values.get(of), int | float) for values in (own, stock)):
                 own[name] = 100 * (1 - own[of] / stock[of])
 
 
@@ -284,7 +283,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     measured = "measured (fake tensors)" if table.kind == "memory" else "measured"
     for _, metric, has_paper in columns:
         head.append(f"{metric.label}, {metric.unit}: {measured}")
-        head += ["paper"] if has_paper else []
+        head += [metric.reference] if has_paper else []
         head += ["difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
         baselines = table.baselines if metric.versus_baseline else []
         head += [f"vs {', '.join(map(str, labels.values()))}" for labels in baselines]
