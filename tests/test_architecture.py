@@ -1,6 +1,6 @@
 """Rules about the source text, read with ast.
 
-kernels <- codec <- layers <- methods    each imports, of these, only what stands to its left
+kernels <- codec <- layers <- activations <- sharing <- methods    each imports, of these, only what stands to its left
 everything else in the package           imports no method and names none; Hydra joins them
 the library (and `import actpress`)      imports nothing of the harness nor of its dependencies
 """
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"actpress": ROOT / "src" / "actpress", "actpress.kernels": ROOT / "kernels"}
 METHODS = FOLDERS["actpress"] / "methods"
-CHAIN = ("kernels", "codec", "layers", "methods")
+CHAIN = ("kernels", "codec", "layers", "activations", "sharing", "methods")
 LIBRARY = {*CHAIN, "functional", "swap", "measure", "audit"}
 HARNESS_DEPENDENCIES = {"hydra", "omegaconf", "wandb", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "tqdm"}
 

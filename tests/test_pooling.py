@@ -115,3 +115,11 @@ def test_compose_takes_the_first_rule():
     assert type(net[0].codec).__name__ == "PoolingCodec" and type(net[2].codec).__name__ == "DivisionCodec"
     with pytest.raises(TypeError, match="got 'pooling'"):
         actpress.compose("pooling")
+
+
+def test_compose_reports_what_no_method_replaces_and_why():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten())
+    net.add_module("head", nn.Linear(4, 2))
+    report = actpress.apply(net, actpress.compose(Pooling(2), actpress.methods.BlockPruning()))
+    assert report.untouched["1"] == "nn.GELU untouched: no rule"
+    assert report.untouched["head"] == "nn.Linear untouched: the method leaves it dense by its name"

@@ -134,6 +134,12 @@ def test_measuring_changes_no_weight(tmp_path):
     assert differences(ruled.model.state_dict(), plain.model.state_dict()) == []
 
 
+def test_a_run_of_one_step_has_no_peak_and_no_speed(tmp_path):
+    metrics = run.run(config(tmp_path, "recipe.epochs=1", "data.train_size=16"))["metrics"]
+    assert (metrics["steps"], metrics["peak_bytes"], metrics["train_images_per_s"]) == (1, None, None)
+    assert metrics["saved_bytes"] > 0
+
+
 def test_every_seed_is_its_own_trajectory_and_repeats(tmp_path):
     results = [run.run(config(tmp_path / str(i), f"seed={seed}")) for i, seed in enumerate((0, 0, 1))]
     losses = [[row["train_loss"] for row in result["history"]] for result in results]
@@ -161,7 +167,7 @@ RECIPES = {
     "streamed data, fp16": (
         "model=resmlp_tiny",
         "data.pipeline=stream",
-        "runtime.workers=1",
+        "runtime.workers=0",
         "runtime.precision=fp16",
         "data.train_size=32",
         "recipe.batch_size=8",
@@ -174,14 +180,13 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe):
     """Interrupted in the middle of the first epoch (nothing to resume from), of the second and of the third."""
-    stops = (6,) if "data.pipeline=stream" in recipe else (2, 6, 10)  # an abandoned worker takes seconds to end
     whole, broken = config(tmp_path / "whole", *recipe), config(tmp_path / "broken", *recipe)
     assert run.run(whole)["resumes"] == 0
-    for step in stops:
+    for step in (2, 6, 10):
         with interrupt(step, KeyError("power cut")), pytest.raises(KeyError):
             run.run(broken)
         assert record.read(run.files_of(broken).record)["status"] == "failed"
-    assert run.run(broken)["resumes"] == len([step for step in stops if step >= 4])
+    assert run.run(broken)["resumes"] == 2
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
     logs = [
         [
@@ -191,6 +196,23 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe
         for file in (run.files_of(whole).log, run.files_of(broken).log)
     ]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [RECIPES["method"], RECIPES["all options"]], ids=["method", "all options"])
+def test_a_resumed_run_on_a_gpu_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe):
+    recipe = (*recipe, "runtime.device=cuda")
+    whole, broken = config(tmp_path / "whole", *recipe), config(tmp_path / "broken", *recipe)
+    metrics = run.run(whole)["metrics"]
+    assert metrics["peak_reserved_bytes"] >= metrics["peak_bytes"] > metrics["saved_bytes"] > 0
+    assert metrics["train_images_per_s"]["median"] > 0
+    with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
+        run.run(broken)
+    run.run(broken)
+    states = [trajectory(final_state(cfg)) for cfg in (whole, broken)]
+    for state in states:
+        del state["measured"]  # what the allocator holds depends on what ran before in this process
+    assert differences(*states) == []
 
 
 def test_a_state_keeps_all_random_generators():
@@ -228,8 +250,12 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     assert run.run(cfg)["history"][0]["train_seconds"] != finished["history"][0]["train_seconds"]
 
     cfg.resume = False
-    assert run.run(cfg)["resumes"] == 0
-    assert "is complete" not in capsys.readouterr().out.splitlines()[-1]
+    with interrupt(3, KeyError("power cut")), pytest.raises(KeyError):
+        run.run(cfg)
+    capsys.readouterr()
+    cfg.resume = True  # the old run is gone: nothing is complete any more
+    assert run.run(cfg)["status"] == "ok"
+    assert "is complete" not in capsys.readouterr().out
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
@@ -289,9 +315,20 @@ def saved_again(**changes):
         (saved_again(run_id="resnet20-digits-other-s0-00000000"), "belongs to run resnet20-digits-other-s0-00000000"),
         (saved_again(device="cuda"), "was written on cuda, this run is on cpu"),
         (saved_again(format=0), "not in this version's format"),
+        (saved_again(model={}), "not one of this version of the code"),
         (saved_again(data={"label": "other digits", "train_images": 64, "test_images": 32}), "other digits"),
     ],
-    ids=["cut short", "empty", "text", "one bit", "other run", "other device", "other format", "other data"],
+    ids=[
+        "cut short",
+        "empty",
+        "text",
+        "one bit",
+        "other run",
+        "other device",
+        "other format",
+        "other model",
+        "other data",
+    ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named_and_left_alone(incomplete, damage, message):
     folder, content = incomplete
@@ -690,7 +727,7 @@ def test_cuda_without_cuda_is_named():
         (["colour=red"], "there is no key 'colour'; allowed at the top level: data, logger, method, model"),
         (["recipe.augment.flips=true"], "allowed under recipe.augment: auto_augment"),
         (["model=resnet19"], "model=resnet19 is unknown; choose one of densenet121"),
-        (["method=divison"], "method=divison is unknown; choose one of division, none"),
+        (["method=divison"], "method=divison is unknown; choose one of "),
         (["model=resnet20", "method=[a"], "'method=[a' is malformed"),
         (["epochs"], "'epochs' is malformed"),
         (["seed=0,1"], "lists several values; add -m"),
@@ -785,7 +822,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
         (path,) = folder.glob("outputs/resnet20-*/last.pt")
         return torch.load(path, weights_only=True)
 
-    assert subprocess.run(command(tmp_path / "whole", *options), capture_output=True).returncode == 0
+    run.run(config(tmp_path / "whole", *options))
     killed = subprocess.Popen(command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any('"step": 100' in log.read_text() for log in tmp_path.glob("killed/outputs/resnet20-*/log.jsonl")):
@@ -817,16 +854,19 @@ def by_hand(model, optimizer, scheduler):
     return step
 
 
-def overhead(ours, theirs, batches, rounds: int = 40) -> float:
-    """Median over rounds of ours/theirs, timed next to each other, first the one and then the other."""
+def overhead(ours, theirs, batches, rounds: int = 150) -> float:
+    """Median over rounds of ours/theirs, timed next to each other, in turns the one first and the other.
+
+    CPU time on one thread: it leaves out what other processes take from a shared machine.
+    """
     ratios = []
     for i in range(rounds):
         x, y = batches[i % len(batches)]
         seconds = {}
         for function in (ours, theirs) if i % 2 else (theirs, ours):
-            begin = time.perf_counter()
+            begin = time.process_time()
             function(x, y)
-            seconds[function] = time.perf_counter() - begin
+            seconds[function] = time.process_time() - begin
         ratios.append(seconds[ours] / seconds[theirs])
     return statistics.median(ratios)
 
@@ -834,9 +874,9 @@ def overhead(ours, theirs, batches, rounds: int = 40) -> float:
 @pytest.mark.slow
 def test_the_loop_costs_at_most_two_percent(tmp_path):
     """All that the loop does in a step but its report every 20 steps, with no method applied, against a loop by hand."""
-    trainer = trainer_for(tmp_path, "data.image_size=32", "recipe.batch_size=32")
+    cfg = config(tmp_path, "recipe.batch_size=64", "data.train_size=256")
+    trainer = run._build(cfg, CPU, None)[0]
     twin = copy.deepcopy(trainer.model)
-    cfg = config(tmp_path, "recipe.batch_size=32")
     optimizer = engine.create_optimizer(twin, cfg.recipe.optimizer)
     scheduler, _ = engine.create_schedule(optimizer, cfg.recipe.schedule, 3, len(trainer.data.train))
     hand = by_hand(twin, optimizer, scheduler)
@@ -851,11 +891,11 @@ def test_the_loop_costs_at_most_two_percent(tmp_path):
     def slower(x, y):
         hand(x, y)
         with torch.no_grad():
-            twin(x[:4])  # an eighth of a forward pass, some 4% of a step: the test must see it
+            twin(x[:2])  # a few percent of a step, which the comparison must see
 
-    for x, y in batches * 3:
+    for x, y in batches * 2:
         ours(x, y)
         hand(x, y)
-    assert trainer.measured["peak_bytes"] > 0  # the measuring steps are over
+    assert trainer.measured["peak_bytes"] > 0  # the steps that measure are over
     assert overhead(ours, hand, batches) < 1.02
     assert overhead(slower, hand, batches) > 1.02

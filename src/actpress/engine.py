@@ -193,6 +193,11 @@ class Trainer:
             lambda: results.append(self.train_step(x, y)), self.device, state
         )
         self.measured["peak_reserved_bytes"] = measure.peak_reserved(self.device)
+        for (
+            p
+        ) in self.parameters:  # the CPU's tracker leaves empty tables of hooks, which autograd would visit every step
+            p._backward_hooks = p._backward_hooks or None
+            p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks or None
         return results[0]
 
     # Epochs

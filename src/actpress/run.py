@@ -69,6 +69,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                     return _complete(name, files, state["record"])
             trainer, about = _build(cfg, device, state)
             log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
+        if state is None:  # or a run that is stopped before its first save would go on from the one it replaces
+            files.checkpoint.unlink(missing_ok=True)
         OmegaConf.save(cfg, files.folder / "config.yaml", resolve=True)
         print(
             f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
@@ -137,7 +139,13 @@ def _build(
                 f"the checkpoint of this run was trained on {state['data']}, but the data are {facts}; "
                 "restore those data, or set resume=false to train anew"
             )
-        trainer.load_state(state)
+        try:
+            trainer.load_state(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint of this run is not one of this version of the code ({_one_line(error)}); "
+                "set resume=false to train anew"
+            ) from error
         resumes = state["resumes"] + 1
     about = {
         "config": record.portable(cfg),
@@ -211,6 +219,6 @@ def _report(trainer: engine.Trainer, row: dict[str, float], log: logger.Log) -> 
         f"test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.2f}% (best {metrics['top1_best']:.2f}%)",
         *([f"{speed['median']:.0f} images/s"] if speed else []),
         *([f"peak {peak / 2**20:.1f} MiB"] if peak else []),
-        f"saved {saved / 2**20:.1f} MiB",
+        *([f"saved {saved / 2**20:.1f} MiB"] if saved else []),
     ]
     print(" | ".join(parts), flush=True)

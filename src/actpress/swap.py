@@ -41,6 +41,9 @@ class Method:
         """What replaces `module`, called `name` in the model; None leaves it as it is. Override to go by name."""
         return self.rules().get(type(module))
 
+    def attach(self, model: nn.Module) -> None:
+        """Called once `model` has its new layers: to leave a hook on it, for instance."""
+
 
 @dataclass(frozen=True)
 class Composition(Method):
@@ -52,12 +55,19 @@ class Composition(Method):
     def changes_model(self) -> bool:
         return any(method.changes_model for method in self.methods)
 
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        return {layer: ours for method in reversed(self.methods) for layer, ours in method.rules().items()}
+
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         found = (method.replacement(name, module) for method in self.methods)
         return next((replacement for replacement in found if replacement is not None), None)
 
     def functions(self) -> Mapping[str, Callable]:
         return {name: ours for method in reversed(self.methods) for name, ours in method.functions().items()}
+
+    def attach(self, model: nn.Module) -> None:
+        for method in self.methods:
+            method.attach(model)
 
 
 def compose(*methods: Method) -> Composition:
@@ -120,13 +130,16 @@ def apply(model: nn.Module, method: Method) -> Report:
                 report.untouched[where] = f"{function}() untouched: no rule"
     if method.changes_model and not report.replaced:
         raise ValueError(f"{method} matches nothing in {type(model).__name__}; it has: {_listed(plan)}")
+    method.attach(model)
     return report
 
 
 def _why_untouched(module: nn.Module, method: Method) -> str:
     cls = type(module)
-    base = next((base for base in cls.__mro__[1:] if base in method.rules()), None)
+    rules = method.rules()
+    base = next((base for base in cls.__mro__ if base in rules), None)
     why = "no rule" if base is None else f"a subclass of {type_name(base)}, whose forward may differ"
+    why = "the method leaves it dense by its name" if base is cls else why
     return f"{type_name(cls)} untouched: {why}"
 
 

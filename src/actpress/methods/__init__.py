@@ -1,7 +1,10 @@
 """Methods: each says which layers keep what. One file a method, one YAML of the same name in configs/method."""
 
 from actpress.methods.division import Division
+from actpress.methods.few_bit import FewBit
+from actpress.methods.inverted import Inverted
 from actpress.methods.none import Stock
 from actpress.methods.pooling import Pooling
+from actpress.methods.pruning import BlockPruning
 
-__all__ = ["Division", "Pooling", "Stock"]
+__all__ = ["BlockPruning", "Division", "FewBit", "Inverted", "Pooling", "Stock"]

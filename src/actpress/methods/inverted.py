@@ -1,0 +1,62 @@
+"""Inverted activations (Novikov and Oseledets, 2024, arXiv 2407.15545): the derivative from the output and one bit.
+
+The idea: stock PyTorch keeps the input x of y = GELU(x), and the linear layer that follows keeps y. But y and one bit, on which side
+of the function's minimum x lies, determine x. So
+
+    GELU (erf, tanh), SiLU, QuickGELU    own output y, shared with the next layer, + 1 bit per element
+
+and a block Linear-GELU-Linear keeps 1.031 hidden tensors in fp32 (1.0625 in bf16) instead of 2. dx = dy * f'(f^-1(y, bit)) is approximate,
+within a few percent of what rounding y costs in any case (kernels/inverted.py); everything else is exact.
+
+It saves only where the next layer keeps that very tensor. With dropout between, a frozen next layer or a codec on it, y is kept for the
+activation alone and the bit comes on top: `apply` leaves a one-time check that warns and names such places. Nor does it save where
+another layer keeps x. In-place changes of y by the next operation (an in-place dropout) raise PyTorch's error in the backward pass.
+
+Prior art: Tempo (NeurIPS 2022), in-place GELU from its output and a mask.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from actpress import activations, sharing
+from actpress.activations import Derivative
+from actpress.kernels.inverted import input_grad_reference, left_reference
+from actpress.kernels.layout import is_channels_last
+from actpress.kernels.masks import pack_mask_reference, unpack_mask_reference
+from actpress.swap import Method, Replacement
+
+
+@dataclass(frozen=True)
+class FromOutput(Derivative):
+    """One bit per element, and the output."""
+
+    keeps_output = True
+
+    def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
+        left = left_reference(x, function)
+        return pack_mask_reference(left), is_channels_last(left)
+
+    def input_grad(self, dy: Tensor, code: Tensor, y: Tensor, function: str, channels_last: bool) -> Tensor:
+        return input_grad_reference(dy, y, unpack_mask_reference(code, y.shape, channels_last), function)
+
+
+@dataclass(frozen=True)
+class Inverted(Method):
+    """Inverted activations. No options."""
+
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        codec = FromOutput()
+        return {nn.GELU: Replacement(activations.GELU, codec), nn.SiLU: Replacement(activations.SiLU, codec)}
+
+    def functions(self) -> Mapping[str, Callable]:
+        return {name: partial(getattr(activations, name), derivative=FromOutput()) for name in ("gelu", "silu")}
+
+    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
+        layer = activations.layer_for(module)
+        return None if layer is None else Replacement(layer, FromOutput())
+
+    def attach(self, model: nn.Module) -> None:
+        sharing.watch(model)
