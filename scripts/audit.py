@@ -15,7 +15,7 @@ import torch
 
 import actpress
 from actpress import cli
-from actpress.run import InputError, bad_input
+from actpress.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,8 +57,4 @@ def natural(key: str, value: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(cli.BAD_INPUT)
+    sys.exit(cli.run(lambda: main(sys.argv[1:])))

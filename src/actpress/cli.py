@@ -161,9 +161,10 @@ def _compose(overrides: list[Override], configs: Path, name: str) -> DictConfig:
 
 
 def _check_group(override: Override, configs: Path) -> None:
-    """A group's option must be a file of its folder."""
+    """A group's option must be a file of its folder, or of a folder in it: text/bert_base."""
     group, value = override.key_or_group, override.value()
-    options = _stems(configs / group)
+    folder = configs / group
+    options = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
     if not override.is_delete() and value not in options:
         raise InputError(f"{group}={value} is unknown; choose one of {_listed(options)}")
 
