@@ -28,7 +28,7 @@ install: $(STAMP) ## create the virtual environment and install the pinned versi
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "actpress needs Python 3.11 or 3.12, but $(PYTHON) is %d.%d; name another with PYTHON=python3.11" % sys.version_info[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]'
 	@touch $@
 
 test: $(STAMP) ## run the quick tests

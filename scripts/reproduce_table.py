@@ -5,8 +5,8 @@ python scripts/reproduce_table.py division_memory      tables by name (configs/t
 python scripts/reproduce_table.py [NAME] dry=true      print what would be run, and run nothing
 python scripts/reproduce_table.py division_accuracy data.source=folder data.root=DIR      overrides for every row
 
-Memory tables are predicted with fake tensors. Training tables are made of the records of runs; runs that have none are trained first,
-so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json, and the index of
+Memory tables are predicted with fake tensors, error tables computed. Training tables are made of the records of runs; runs that
+have none are trained first, so an interrupted table goes on where it stopped. Writes results/tables/NAME.md and NAME.json, and the index of
 all tables, results/README.md.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,20 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from actpress import cli, data, fidelity, headlines, record, tables
+from actpress import cli, data, errors, fidelity, headlines, record, tables
 from actpress.run import InputError, bad_input, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PAGES = ROOT / "results" / "tables"
 FINISHED = ("ok", "oom", "diverged")
+HOW = {
+    "memory": "predicted with fake tensors, seconds, no data",
+    "fidelity": "gradients at trained weights",
+    "error": "computed for every input, seconds, no data",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -70,12 +77,7 @@ def plan(table: tables.Table) -> list[str]:
         if missing := lacking(cell):
             lines.append(f"  {name}: not run here, needs {tables.needs(missing)}")
         elif table.kind != "training":
-            how = (
-                "predicted with fake tensors, seconds, no data"
-                if table.kind == "memory"
-                else "gradients at trained weights"
-            )
-            lines.append(f"  {name}: {how}  [{' '.join(cell.overrides)}]")
+            lines.append(f"  {name}: {HOW[table.kind]}  [{' '.join(cell.overrides)}]")
         else:
             for seed in table.seeds:
                 cfg = compose(cell, seed)
@@ -89,6 +91,7 @@ def make(table: tables.Table) -> str:
     print(table.title, flush=True)
     if table.kind == "fidelity":
         return make_fidelity(table)
+    measuring = {"memory": predict, "error": derivative_error}.get(table.kind, train)
     measured: list[tables.Values] = []
     environments: list[dict[str, Any]] = []
     for cell in table.cells:
@@ -98,7 +101,7 @@ def make(table: tables.Table) -> str:
                 table.kind == "training" and cell.overrides and usable(table, compose(cell, seed))
             ):
                 continue
-            numbers, environment = (predict if table.kind == "memory" else train)(table, cell, seed)
+            numbers, environment = measuring(table, cell, seed)
             values.append(numbers)
             environments.append(environment)
             shown = ", ".join(
@@ -125,6 +128,8 @@ def here(need: str, cell: tables.Cell) -> bool:
     if need in ("imagenet", "cifar10"):
         root, tests = Path(compose(cell, seed=0).data.root), {"imagenet": ("val", "validation"), "cifar10": ("test",)}
         return (root / "train").is_dir() and any((root / name).is_dir() for name in tests[need])
+    if need == "transformers":
+        return find_spec(need) is not None
     return False  # a method or a thing that does not exist here
 
 
@@ -139,6 +144,14 @@ def predict(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str
         cfg.runtime.precision,
     )
     return numbers, record.environment("cpu")
+
+
+def derivative_error(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(errors, environment) of a cell of an error table: how exact the derivative of the method's activations is."""
+    cfg = compose(cell, seed)
+    replacement = hydra.utils.instantiate(cfg.method).rules()[nn.GELU]
+    found = errors.derivative_error(replacement.codec, cfg.derivative.variant, cfg.derivative.dtype)
+    return found._asdict(), record.environment("cpu")
 
 
 def make_fidelity(table: tables.Table) -> str:
@@ -230,6 +243,8 @@ def provenance(table: tables.Table, environments: list[dict[str, Any]]) -> str:
     how = (
         "Predicted with fake tensors"
         if table.kind == "memory"
+        else "Computed"
+        if table.kind == "error"
         else f"Measured, seeds {', '.join(map(str, table.seeds))}"
     )
     places = sorted(
@@ -249,8 +264,4 @@ def write_text(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(cli.BAD_INPUT)
+    sys.exit(cli.run(lambda: main(sys.argv[1:])))

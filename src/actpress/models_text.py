@@ -10,6 +10,7 @@ Shapes: ids_NL int64, logits_NK, K = num_classes.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,38 @@ def bert_base(layers: int, dropout: float) -> tuple[nn.Module, int]:
     return BertModel(config, add_pooling_layer=False), config.hidden_size
 
 
+class MistralLayers(nn.Module):
+    """Embedding and layers of Mistral, causal attention without a mask tensor. (transformers' own model makes a mask when its
+    tensors are fake, since it cannot look into them; with real ones it makes none.)"""
+
+    def __init__(self, config) -> None:
+        from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRotaryEmbedding
+
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = MistralRotaryEmbedding(config)
+        self.layers = nn.ModuleList(MistralDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+
+    def forward(self, input_ids: Tensor) -> "Hidden":
+        hidden_NLH = self.embedding(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        rotation = self.rotary(hidden_NLH, positions)
+        for layer in self.layers:
+            hidden_NLH = layer(hidden_NLH, attention_mask=None, position_embeddings=rotation)
+        return Hidden(hidden_NLH)
+
+
+class Hidden(NamedTuple):
+    last_hidden_state: Tensor
+
+
 def mistral(layers: int, dropout: float) -> tuple[nn.Module, int]:
-    from transformers import MistralConfig, MistralModel
+    from transformers import MistralConfig
 
     config = MistralConfig(
-        num_hidden_layers=layers, attention_dropout=dropout, attn_implementation="sdpa", sliding_window=None, use_cache=False
+        num_hidden_layers=layers, attention_dropout=dropout, attn_implementation="sdpa", sliding_window=None
     )
-    return MistralModel(config), config.hidden_size
+    return MistralLayers(config), config.hidden_size
 
 
 BUILDERS: dict[str, Callable[[int, float], tuple[nn.Module, int]]] = {"bert_base": bert_base, "mistral": mistral}

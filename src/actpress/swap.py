@@ -8,20 +8,21 @@ a forward of its own.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from actpress import functional
-from actpress.codec import Codec, Context
+from actpress.codec import Context
 
 
 class Replacement(NamedTuple):
-    """The layer class that takes a module's place and, if it keeps an input, the codec for it."""
+    """The layer class that takes a module's place and, if it keeps more than masks, what decides how: a Codec for a layer that keeps its
+    input, an activation's own kind of codec for one that does not."""
 
     layer: type[nn.Module]
-    codec: Codec | None = None
+    codec: Any = None
 
 
 class Method:

@@ -18,13 +18,14 @@ from torch import nn
 
 from actpress import measure, swap
 
-KINDS = ("memory", "training", "fidelity")
-UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0}
-DECIMALS = {"GiB": 3, "MiB": 1, "%": 2, "images/s": 0}
+KINDS = ("memory", "training", "fidelity", "error")
+UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0}
+FORMATS = {"GiB": ".3f", "MiB": ".1f", "%": ".2f", "images/s": ".0f", "absolute": ".2e"}
 NEEDS = {
     "gpu": "a GPU",
     "imagenet": "ImageNet",
     "cifar10": "CIFAR-10 as image files",
+    "transformers": "transformers, the extra `text`",
 }  # what a machine may have or lack
 VERSUS = ("ratio", "difference", "change")
 REUSE = (
@@ -38,7 +39,8 @@ class Metric:
     """A column. tolerance: relative difference to the paper that counts as reproduced. versus_baseline: how a cell is set against
     each baseline row: "ratio" (baseline / cell), "difference" (cell - baseline) or "change" (cell / baseline - 1).
     reduction_of: the metric of which this one is the reduction against the first baseline, in percent; it is not measured by itself.
-    reference: what the "paper" column is called where its numbers are not the paper's."""
+    reference: what the "paper" column is called where its numbers are not the paper's. at_most: a number counts as reproduced when it
+    is not above the reference, as errors do, whatever the tolerance."""
 
     label: str
     unit: str
@@ -46,12 +48,13 @@ class Metric:
     versus_baseline: str | None = None
     reduction_of: str | None = None
     reference: str = "paper"
+    at_most: bool = False
 
     def text(self, value: Any) -> str:
         """A value in the metric's unit; words ("OOM") as they are, None as "not available"."""
         if value is None:
             return "not available"
-        return value if isinstance(value, str) else f"{value:.{DECIMALS[self.unit]}f}"
+        return value if isinstance(value, str) else f"{value:{FORMATS[self.unit]}}"
 
     def printed(self, value: Any) -> str:
         """A number of the paper's, which is in the metric's unit and has the paper's own precision."""
@@ -172,17 +175,26 @@ def memory(
 ) -> dict[str, int]:
     """Predicted memory of one training step, in bytes, with fake tensors: nothing is allocated.
 
-    precision: fp32, bf16 or fp16 (autocast). Cross-entropy; SGD with momentum.
+    The input is image_size x image_size images, or what the model's `example_input(batch)` says. precision: fp32, bf16 or fp16 (autocast),
+    bf16-true (weights and images in bf16, no autocast). Cross-entropy; SGD with momentum.
     saved_bytes: the ruler's. index_bytes: the part of it in int32, positions of blocks. model_input_saved: parameters and buffers, input,
     saved for backward, each storage once. training_bytes: four times the parameters (weights, gradients, two moments), input, saved.
     authors_activation, authors_total: as DIVISION and ActNN report them. The first is what is allocated after the forward pass less
     before the image copy, less loss and logits: the image counts. The second is allocated before the backward pass plus after it less at
     the start: activation, parameters, buffers, gradients, momentum, and the image once more.
     """
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with measure.fake_model(build) as model, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-true": None}[precision]
+    weights = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with (
+        measure.fake_model(lambda: build().to(weights)) as model,
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
         swap.apply(model, method)
-        x, y = torch.empty(batch, 3, image_size, image_size), torch.empty(batch, dtype=torch.long)
+        if hasattr(model, "example_input"):
+            x = model.example_input(batch)
+        else:
+            x = torch.empty(batch, 3, image_size, image_size, dtype=weights)
+        y = torch.empty(batch, dtype=torch.long)
         with measure.SavedBytes() as saved:
             logits = model(x)
             loss = nn.functional.cross_entropy(logits, y)
@@ -265,7 +277,10 @@ def _summary(metric: Metric, values: list[Any], paper: Any) -> Summary:
     summary = Summary(statistics.fmean(numbers), deviation, len(numbers))
     if isinstance(paper, (int, float)):
         summary.difference = summary.mean / paper - 1
-        summary.within = None if metric.tolerance is None else abs(summary.difference) <= metric.tolerance
+        if metric.at_most:
+            summary.within = summary.mean <= paper
+        elif metric.tolerance is not None:
+            summary.within = abs(summary.difference) <= metric.tolerance
     return summary
 
 
@@ -284,7 +299,8 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     for _, metric, has_paper in columns:
         head.append(f"{metric.label}, {metric.unit}: {measured}")
         head += [metric.reference] if has_paper else []
-        head += ["difference", f"within {metric.tolerance:.1%}"] if has_paper and metric.tolerance else []
+        if has_paper and (metric.tolerance or metric.at_most):
+            head += ["difference", "no worse" if metric.at_most else f"within {metric.tolerance:.1%}"]
         baselines = table.baselines if metric.versus_baseline else []
         head += [f"vs {', '.join(map(str, labels.values()))}" for labels in baselines]
     lines = [f"## {table.title}", "", f"Source: {table.source}.", "", _row(head), _row(["---"] * len(head))]
@@ -293,12 +309,10 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
         for name, metric, has_paper in columns:
             summary = result.summaries[name]
             row.append(_measured(metric, summary, result.cell.requires if name == columns[0][0] else ()))
-            if has_paper and metric.tolerance:
-                row += [
-                    metric.printed(result.cell.paper.get(name)),
-                    _signed(summary.difference),
-                    _verdict(summary.within),
-                ]
+            if has_paper:
+                row.append(metric.printed(result.cell.paper.get(name)))
+            if has_paper and (metric.tolerance or metric.at_most):
+                row += [_signed(summary.difference), _verdict(summary.within)]
             if metric.versus_baseline:
                 row += [_versus_text(metric, versus) for versus in summary.versus]
         lines.append(_row(row))
@@ -334,7 +348,7 @@ def _verdict(within: bool | None) -> str:
 def _versus_text(metric: Metric, versus: float | None) -> str:
     if versus is None:
         return ""
-    number = {"ratio": "{:.2f}x", "difference": f"{{:+.{DECIMALS[metric.unit]}f}}", "change": "{:+.1%}"}
+    number = {"ratio": "{:.2f}x", "difference": f"{{:+{FORMATS[metric.unit]}}}", "change": "{:+.1%}"}
     return number[metric.versus_baseline].format(versus)
 
 

@@ -6,7 +6,7 @@ of the function's minimum x lies, determine x. So
     GELU (erf, tanh), SiLU, QuickGELU    own output y, shared with the next layer, + 1 bit per element
 
 and a block Linear-GELU-Linear keeps 1.031 hidden tensors in fp32 (1.0625 in bf16) instead of 2. dx = dy * f'(f^-1(y, bit)) is approximate,
-within a few percent of what rounding y costs in any case (kernels/inverted.py); everything else is exact.
+in bf16 and fp16 hardly more than rounding y costs in any case (configs/tables/inverted_error.yaml); everything else is exact.
 
 It saves only where the next layer keeps that very tensor. With dropout between, a frozen next layer or a codec on it, y is kept for the
 activation alone and the bit comes on top: `apply` leaves a one-time check that warns and names such places. Nor does it save where
