@@ -171,6 +171,26 @@ def test_dense_until_the_start_epoch():
         assert torch.allclose(gradients(ours, x.clone(), dy)[1], exact, rtol=1e-4, atol=1e-5) == (epoch < 2)
 
 
+def test_the_epoch_comes_back_with_the_state():
+    _, ours = linear(24, start_epoch=2)
+    swap.set_epoch(ours, 3)
+    _, fresh = linear(24, start_epoch=2)
+    swap.load_state(fresh, swap.state(ours))
+    x = torch.randn(64, 24)
+    assert saved_bytes(lambda: fresh(x).sum()) == saved_bytes(lambda: ours(x).sum()) < x.nbytes
+
+
+def test_a_late_start_compiles_twice_and_no_more():
+    x, graphs = torch.randn(64, 24), []
+    _, ours = linear(24, start_epoch=10)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for epoch in range(12):
+        swap.set_epoch(ours, epoch)
+        compiled(x).sum().backward()
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("select", ["topk", "sample"])
 def test_compiled_gives_what_eager_gives(select):
     x, dy = torch.randn(3, 17, 40), torch.randn(3, 17, 11)

@@ -48,7 +48,7 @@ class Context:
     def __init__(self, seed: int):
         self.seed = seed % 2**63
         self.draws = 0
-        self.epoch = 0  # set by swap.set_epoch; for methods that start late
+        self.epoch = 0  # set by swap.set_epoch
 
     def uniform_like(self, x: Tensor) -> Tensor:
         """fp32 noise in [0, 1) of x's shape, device and memory format."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from actpress import functional
-from actpress.codec import Context
+from actpress.codec import Context, Dense
 
 
 class Replacement(NamedTuple):
@@ -23,6 +23,7 @@ class Replacement(NamedTuple):
 
     layer: type[nn.Module]
     codec: Any = None
+    start_epoch: int = 0  # a Codec's first epoch, see set_epoch; until then the layer keeps its input dense
 
 
 class Method:
@@ -115,6 +116,8 @@ def apply(model: nn.Module, method: Method) -> Report:
             module.__class__ = replacement.layer
             if replacement.codec is not None:
                 module.codec, module.context = replacement.codec, context
+            if replacement.start_epoch:
+                module.late_codec = (replacement.start_epoch, replacement.codec)
             report.replaced[name] = (old, type_name(replacement.layer))
             continue
         if next(module.children(), None) is None:
@@ -131,6 +134,7 @@ def apply(model: nn.Module, method: Method) -> Report:
                 report.untouched[where] = f"{function}() untouched: no rule"
     if method.changes_model and not report.replaced:
         raise ValueError(f"{method} matches nothing in {type(model).__name__}; it has: {_listed(plan)}")
+    set_epoch(model, 0)
     method.attach(model)
     return report
 
@@ -163,12 +167,18 @@ def load_state(model: nn.Module, state: Mapping[str, int]) -> None:
         raise ValueError(f"method state {dict(state)} does not fit a model {'with' if contexts else 'without'} codecs")
     for context in contexts:
         vars(context).update(state)
+        set_epoch(model, context.epoch)
 
 
 def set_epoch(model: nn.Module, epoch: int) -> None:
-    """Tell the model's method which epoch begins, counted from 0. A training loop calls it; only methods that start late care."""
+    """Tell the model's method which epoch begins, counted from 0. A training loop calls it; only methods that start late care:
+    their layers keep inputs dense until then. A compiled model is compiled again once, when they start."""
     for context in _contexts(model):
         context.epoch = epoch
+    for module in model.modules():
+        if hasattr(module, "late_codec"):
+            first, codec = module.late_codec
+            module.codec = codec if epoch >= first else Dense()
 
 
 def _contexts(model: nn.Module) -> list[Context]:

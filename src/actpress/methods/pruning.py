@@ -43,17 +43,15 @@ PATCH_EMBEDDING = ("stem", "stem.*", "patch_embed", "patch_embed.*")
 class BlockPruningCodec(Codec):
     """The highest-scored, or sampled, blocks of inputs [..., F], seen as a matrix with a row for each token.
 
-    Dense before epoch `start_epoch`, at sparsity 0, and where the code would be no smaller than the tensor.
+    Dense at sparsity 0, and where the code would be no smaller than the tensor.
     """
 
     sparsity: float
     block: tuple[int, int]
     select: str
-    start_epoch: int
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        waiting = self.start_epoch > 0 and context.epoch < self.start_epoch
-        if waiting or self.sparsity == 0 or x.numel() == 0:
+        if self.sparsity == 0 or x.numel() == 0:
             return (x,)
         grid = block_grid(x.shape, self.block)
         if code_bytes(grid, self.sparsity, x.itemsize) >= x.numel() * x.itemsize:
@@ -114,8 +112,8 @@ class BlockPruning(Method):
                 raise ValueError(f"BlockPruning: {name}={getattr(self, name)!r}, allowed: {allowed}")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        codec = BlockPruningCodec(float(self.sparsity), self.block, self.select, self.start_epoch)
-        return {nn.Linear: Replacement(layers.Linear, codec)}
+        codec = BlockPruningCodec(float(self.sparsity), self.block, self.select)
+        return {nn.Linear: Replacement(layers.Linear, codec, self.start_epoch)}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         dense = any(fnmatchcase(name, pattern) for pattern in self.skip)
