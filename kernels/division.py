@@ -8,6 +8,11 @@
 
 Bits per element: Q + 16 * blocks / (H * W) + 32 / (H * W).
 
+lfc="always" subtracts the block means in every map, as above. lfc="auto" leaves them out (stores zeros) in the maps that are coded more
+exactly without: maps after a ReLU, where a mean that differs from block to block turns exact zeros, which one code would hold without
+error, into values that have to be rounded. Which is better is known exactly, since the expected squared error of stochastic rounding is.
+The layout and its bytes, and decoding, are the same.
+
 Source: arXiv 2208.04187 and its official code, with three repairs. `low` is rounded down and `step` up to bf16 *before*
 the codes are made, so every code lies in [0, 2^Q - 1] and decoding uses the very numbers encoding used (the official code
 rounds them afterwards, a bias, and lets a code of 2^Q spill into its neighbour). We keep the step, not its inverse, so
@@ -28,6 +33,7 @@ from .bits import pack, packed_bytes, unpack
 from .layout import is_channels_last
 
 ALIGN = ("ceil", "authors")
+LFC = ("auto", "always")
 
 
 class Code(NamedTuple):
@@ -51,19 +57,40 @@ def code_bytes(shape: torch.Size, kernel: tuple[int, int], bits: int, align: str
     return packed_bytes(n * c * h * w, bits) + n * c * (2 * means + 4)
 
 
-def encode_reference(x: Tensor, noise: Tensor, kernel: tuple[int, int], bits: int, align: str) -> Code:
+def encode_reference(
+    x: Tensor, noise: Tensor, kernel: tuple[int, int], bits: int, align: str, lfc: str = "always"
+) -> Code:
     """x [N, C, H, W] (fp64, fp32, fp16 or bf16; contiguous or channels_last), noise fp32 of x's shape -> Code."""
     x = x.to(_compute_dtype(x.dtype))
-    lfc = F.avg_pool2d(x, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False).to(torch.bfloat16)
-    hfc = x - _upsample(lfc.to(x.dtype), x.shape[2:], kernel, align)
-    low = _bf16_floor(hfc.amin((2, 3), keepdim=True))
+    means = F.avg_pool2d(x, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False).to(torch.bfloat16)
     levels = 2**bits - 1
-    step = -_bf16_floor((low.to(x.dtype) - hfc.amax((2, 3), keepdim=True)) / levels)
-    inverse = torch.where(step > 0, 1 / step.to(x.dtype), 0)
-    codes = (hfc - low.to(x.dtype)).mul_(inverse).add_(noise).floor_().clamp_(0, levels).to(torch.uint8)
+    steps, low, step = _quantise(x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align), levels)
+    if lfc == "auto":
+        plain_steps, plain_low, plain_step = _quantise(x, levels)
+        plain = _expected_error(plain_steps, plain_step) < _expected_error(steps, step)  # [N, C, 1, 1]
+        means = means.masked_fill(plain, 0)
+        steps, low, step = (
+            torch.where(plain, ours, theirs)
+            for ours, theirs in ((plain_steps, steps), (plain_low, low), (plain_step, step))
+        )
+    codes = steps.add_(noise).floor_().clamp_(0, levels).to(torch.uint8)
     if is_channels_last(x):
         codes = codes.permute(0, 2, 3, 1)
-    return Code(lfc, pack(codes, bits), low, step)
+    return Code(means, pack(codes, bits), low, step)
+
+
+def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """((hfc - low) / step, low, step) per map."""
+    low = _bf16_floor(hfc.amin((2, 3), keepdim=True))
+    step = -_bf16_floor((low.to(hfc.dtype) - hfc.amax((2, 3), keepdim=True)) / levels)
+    inverse = torch.where(step > 0, 1 / step.to(hfc.dtype), 0)
+    return (hfc - low.to(hfc.dtype)).mul_(inverse), low, step
+
+
+def _expected_error(steps: Tensor, step: Tensor) -> Tensor:
+    """Expected squared error of stochastic rounding, summed over each map: step^2 f (1 - f), f the fraction that is rounded away."""
+    fraction = steps.frac()
+    return (fraction - fraction.square()).sum((2, 3), keepdim=True).mul_(step.to(steps.dtype).square())
 
 
 def decode_reference(

@@ -64,6 +64,7 @@ def test_a_method_must_be_a_method():
         ({"block": 0}, "block=0, allowed: integers from 1"),
         ({"block": 2.5}, "block=2.5, allowed"),
         ({"align": "floor"}, "align='floor', allowed: ceil, authors"),
+        ({"lfc": "never"}, "lfc='never', allowed: auto, always"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_allowed_ones(arguments, message):

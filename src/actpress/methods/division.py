@@ -10,6 +10,9 @@ fp32. We keep
     MaxPool2d                             8 bits per output, exact
     AvgPool2d                             nothing, exact (stock keeps its input)
 
+Two things differ from the official code by default, at the same bytes: blocks cover the whole map (align), and the means are left out of
+maps that are coded more exactly without them, those after a ReLU above all (lfc).
+
 Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
 kernels/division.py.
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
-from actpress.kernels.division import ALIGN, Code, code_bytes, decode_reference, encode_reference
+from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode_reference, encode_reference
 from actpress.swap import Method, Replacement
 
 
@@ -42,6 +45,7 @@ class DivisionCodec(Codec):
     block: int
     bits: int
     align: str
+    lfc: str
     layout: Literal["maps", "tokens"] = "maps"
 
     @property
@@ -55,7 +59,7 @@ class DivisionCodec(Codec):
         kernel = self._kernel(maps.shape)
         if code_bytes(maps.shape, kernel, self.bits, self.align) >= x.numel() * x.itemsize:
             return (x,)
-        return encode_reference(maps, context.uniform_like(maps), kernel, self.bits, self.align)
+        return encode_reference(maps, context.uniform_like(maps), kernel, self.bits, self.align, self.lfc)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
@@ -87,13 +91,16 @@ class Division(Method):
     block: side of the averaged blocks, at least 1 (official: 8).
     bits: Q, bits per element of the rest: 1, 2, 4 or 8 (official: 2 for CNNs, 4 for T5).
     align: "ceil", blocks that cover the whole map, and one code for a tensor read by several layers; "authors", the layout
-        of the official CNN code: floor-mode blocks, one code per reader, Linear and LayerNorm left dense.
+        of the official CNN code: floor-mode blocks, block means in every map, one code per reader, Linear and LayerNorm left dense.
+    lfc: "auto", block means are left out of the maps that are coded more exactly without them; "always", they are subtracted in every
+        map, as align="authors" always does. The bytes are the same.
     Raises ValueError on other values.
     """
 
     block: int = 8
     bits: int = 2
     align: str = "ceil"
+    lfc: str = "auto"
 
     def __post_init__(self):
         if not isinstance(self.block, int) or self.block < 1:
@@ -102,9 +109,12 @@ class Division(Method):
             raise ValueError(f"Division: bits={self.bits!r}, allowed: {', '.join(map(str, BITS))}")
         if self.align not in ALIGN:
             raise ValueError(f"Division: align={self.align!r}, allowed: {', '.join(ALIGN)}")
+        if self.lfc not in LFC:
+            raise ValueError(f"Division: lfc={self.lfc!r}, allowed: {', '.join(LFC)}")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        maps = DivisionCodec(self.block, self.bits, self.align)
+        lfc = self.lfc if self.align == "ceil" else "always"
+        maps = DivisionCodec(self.block, self.bits, self.align, lfc)
         rules = {
             nn.Conv2d: Replacement(layers.Conv2d, maps),
             nn.BatchNorm2d: Replacement(layers.BatchNorm2d, maps),
@@ -114,7 +124,7 @@ class Division(Method):
             nn.AvgPool2d: Replacement(layers.AvgPool2d),
         }
         if self.align == "ceil":
-            tokens = DivisionCodec(self.block, self.bits, self.align, "tokens")
+            tokens = DivisionCodec(self.block, self.bits, self.align, lfc, "tokens")
             rules |= {
                 nn.Linear: Replacement(layers.Linear, tokens),
                 nn.LayerNorm: Replacement(layers.LayerNorm, tokens),
