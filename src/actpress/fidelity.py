@@ -59,8 +59,10 @@ def render(found: Mapping[str, Figures], layers: Sequence[str], pair: tuple[str,
         lines.append(_row([name, *cells]))
     if pair is not None:
         first, second = (found[label] for label in pair)
-        wins = sum(first[name]["cosine"] >= second[name]["cosine"] for name in layers)
+        gaps = [second[name]["cosine"] - first[name]["cosine"] for name in layers]
+        wins = sum(gap <= 0 for gap in gaps)
         lines += ["", f"{pair[0]} has at least the mean cosine of {pair[1]} in {wins} of {len(layers)} layers."]
+        lines[-1] += f" The largest shortfall in the others is {max(gaps):.1e}." if wins < len(layers) else ""
     return "\n".join(lines)
 
 
