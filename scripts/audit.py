@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> None:
         methods = [hydra.utils.instantiate(cfg.method) for cfg in configs]
         with torch.device("meta"):
             model = hydra.utils.instantiate(configs[0].model)
+        if hasattr(model, "example_input"):
+            raise ValueError(f"model={configs[0].model.name} does not read images; choose an image classifier")
         size = configs[0].data.image_size
         methods = [method for method in methods if method.changes_model]
         result = actpress.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)

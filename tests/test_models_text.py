@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from actpress import models_text, tables
+from actpress import cli, models_text, run, tables
 from actpress.methods import Inverted, Stock
 
 pytest.importorskip("transformers")
@@ -64,3 +64,19 @@ def test_mistral_saves_what_was_predicted(precision, saving):
         for method in (Stock(), Inverted())
     )
     assert 100 * (1 - inverted / stock) == pytest.approx(saving, abs=0.3)
+
+
+def test_training_on_images_is_refused(tmp_path):
+    configs = Path(__file__).parents[1] / "configs"
+    cfg = cli.compose(
+        [
+            "model=text/bert_base",
+            "model.layers=1",
+            "logger=none",
+            f"paths.outputs={tmp_path}",
+            f"paths.records={tmp_path}",
+        ],
+        configs,
+    )
+    with pytest.raises(ValueError, match="model=bert_base does not read images, which data=digits are"):
+        run.run(cfg)

@@ -128,6 +128,10 @@ def _build(
     images = data.create(cfg.data, cfg.recipe, device=device, seed=cfg.seed, workers=cfg.runtime.workers)
     engine.seed_everything(cfg.seed)
     model = hydra.utils.instantiate(cfg.model)
+    if hasattr(model, "example_input"):
+        raise ValueError(
+            f"model={cfg.model.name} does not read images, which data={cfg.data.name} are; choose an image classifier"
+        )
     report = swap.apply(model, hydra.utils.instantiate(cfg.method))
     trainer = engine.Trainer(cfg, model.to(device), images, device)
     engine.seed_everything(cfg.seed)  # what building drew differs between methods; what training draws must not
