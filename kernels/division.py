@@ -65,10 +65,12 @@ def encode_reference(
     means = F.avg_pool2d(x, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False).to(torch.bfloat16)
     levels = 2**bits - 1
     steps, low, step = _quantise(x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align), levels)
-    if lfc == "auto":
+    if lfc == "auto" and means.shape[2:] != (
+        1,
+        1,
+    ):  # a single mean only shifts the map: both ways differ by rounding alone
         plain_steps, plain_low, plain_step = _quantise(x, levels)
-        # [N, C, 1, 1]; clearly better, as with a single mean both differ by rounding only
-        plain = _expected_error(plain_steps, plain_step) < 0.99 * _expected_error(steps, step)
+        plain = _expected_error(plain_steps, plain_step) < _expected_error(steps, step)  # [N, C, 1, 1]
         means = means.masked_fill(plain, 0)
         steps, low, step = (
             torch.where(plain, ours, theirs)
