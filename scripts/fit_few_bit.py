@@ -22,6 +22,8 @@ from scipy.integrate import quad
 from scipy.optimize import root
 from scipy.special import expit, ndtr
 
+import generated
+
 TARGET = Path(__file__).resolve().parents[1] / "kernels" / "few_bit_tables.py"
 BITS = (1, 2, 3, 4)
 REACH = 12.0  # borders lie in [-REACH, REACH]
@@ -150,19 +152,5 @@ def digits(value: float, decimals: int = 9) -> str:
     return repr(round(float(value), decimals) + 0.0)  # + 0.0: no -0.0
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
-        return 2
-    text = generate()
-    if arguments:
-        same = TARGET.is_file() and TARGET.read_text() == text
-        print(f"{TARGET.name} {'is' if same else 'is NOT'} what the script generates")
-        return 0 if same else 1
-    TARGET.write_text(text)
-    print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(generated.write(TARGET, generate, sys.argv[1:]))

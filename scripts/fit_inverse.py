@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 from mpmath import diff, erfc, exp, findroot, log, lu_solve, matrix, mp, mpf, pi, sqrt
 
+import generated
+
 TARGET = Path(__file__).resolve().parents[1] / "kernels" / "inverted_coefficients.py"
 LEFT_DEGREES = (3, 3)  # of N and D
 POINTS = 120  # at which a fit is held to the function, on each branch
@@ -269,19 +271,5 @@ def digits(x: mpf, n: int = 17) -> str:
     return mp.nstr(x, n)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
-        return 2
-    text = generate()
-    if arguments:
-        same = TARGET.is_file() and TARGET.read_text() == text
-        print(f"{TARGET.name} {'is' if same else 'is NOT'} what the script generates")
-        return 0 if same else 1
-    TARGET.write_text(text)
-    print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(generated.write(TARGET, generate, sys.argv[1:]))
