@@ -38,7 +38,7 @@ test-all: $(STAMP) ## run the slow tests too (all but those that need a GPU)
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
-	$(PYTEST) -m gpu $(ARGS)
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu $(ARGS)
 
 lint: $(STAMP) ## check style and formatting (changes nothing)
 	$(BIN)/ruff check .

@@ -1,11 +1,15 @@
 """Packing small unsigned codes into bytes, neighbours together: code i of a byte sits at bits [i * Q, (i + 1) * Q).
 
 Q is 1, 2, 4 or 8. n codes take ceil(n * Q / 8) bytes, so a 1-bit mask is 1/32 of an fp32 tensor.
+
+Kernels work on groups of eight codes, which fill Q whole bytes: `pack8` and `unpack8` are the parts they share.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .launch import tl, triton
 
 BITS = (1, 2, 4, 8)
 
@@ -36,3 +40,21 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = (packed[:, None] >> shifts) & (2**bits - 1)
     return codes.view(-1)[:count]
+
+
+@triton.jit
+def pack8(codes, BITS: tl.constexpr):
+    """int32 codes [G, 8], each below 2^BITS -> uint8 [G, BITS]."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    codes = tl.reshape(codes, [codes.shape[0], BITS, PER_BYTE])
+    shifts = tl.arange(0, PER_BYTE) * BITS
+    return tl.sum(codes << shifts[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack8(packed, BITS: tl.constexpr):
+    """The inverse: uint8 [G, BITS] -> int32 [G, 8]."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    shifts = tl.arange(0, PER_BYTE) * BITS
+    codes = (packed.to(tl.int32)[:, :, None] >> shifts[None, None, :]) & (2**BITS - 1)
+    return tl.reshape(codes, [packed.shape[0], 8])

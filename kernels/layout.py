@@ -7,3 +7,13 @@ from torch import Tensor
 def is_channels_last(x: Tensor) -> bool:
     """Whether x [N, C, H, W] lies in memory as NHWC. A tensor that fits both orders counts as NCHW."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels_last, otherwise a contiguous copy: what kernels that run over memory in order need."""
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
+
+
+def dense_as(x: Tensor, channels_last: bool) -> Tensor:
+    """x in the order that another tensor was packed in; a copy where it lies otherwise."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()

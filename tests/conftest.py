@@ -2,7 +2,10 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; `make test-gpu` sets it to 0
 
 import numpy as np
 import pytest
@@ -39,6 +42,15 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from numpy's global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty returns is filled with NaN, or the largest integer: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
