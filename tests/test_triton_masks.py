@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from devices import BACKENDS, assert_same, last_program_only, traffic
 
 from actpress.kernels import masks
 from actpress.kernels.layout import is_channels_last
+from devices import BACKENDS, assert_same, last_program_only, traffic
 
 SIZES = [(0,), (1,), (7,), (8,), (63,), (4097,), (3, 5, 7), (2, 5, 7, 9)]
 pytestmark = pytest.mark.usefixtures("poisoned")
