@@ -23,6 +23,9 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:  # no wheels for this platform: the references remain
     from . import without_triton as triton
+    from .without_triton import language as tl
+
+__all__ = ["DTYPES", "Case", "Config", "Launch", "nbytes", "on_cuda", "on_gpu", "recorded", "run", "tl", "triton"]
 
 Config = Mapping[str, int]  # launch options: constexpr arguments of the kernel, num_warps, num_stages
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

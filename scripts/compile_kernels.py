@@ -2,10 +2,10 @@
 
 python scripts/compile_kernels.py                 all kernels x dtypes x configurations for sm_80 and sm_90 -> results/kernels/aot.csv
 python scripts/compile_kernels.py division relu   only cases whose name starts so; printed, not written
-python scripts/compile_kernels.py --check         exit 1 if a kernel spills in its default configuration or aot.csv lacks or has a row too many
+python scripts/compile_kernels.py --check         exit 1 if a default configuration spills or aot.csv is out of date
 
-Registers per thread, bytes of spills (stores and loads), stack and static shared memory are what ptxas reports for the code Triton generates;
-dynamic shared memory is what Triton asks for at launch. Arguments are specialised as at run time for the sizes of the cases.
+Registers per thread, bytes of spills (stores and loads), stack and static shared memory are what ptxas reports for the code that Triton
+generates; dynamic shared memory is what Triton asks for at launch. Arguments are specialised as at run time for the sizes of the cases.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -45,12 +46,12 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, tolerance: float) -
     assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
+@dataclass
 class Traffic:
     """Bytes that programs read and wrote, as counted in the interpreter."""
 
-    def __init__(self) -> None:
-        self.read = self.written = 0
-        self._addresses: dict[tuple, np.ndarray] = {}
+    read: int = 0
+    written: int = 0
 
     @property
     def total(self) -> int:
