@@ -8,6 +8,8 @@ Seven rounds pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 
 the full ten, with 32 bits an element, would be what limits a kernel.
 """
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,24 @@ from .launch import tl, triton
 ROUNDS = 7
 _KEYS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+
+
+class Source(Protocol):
+    """Where encoders get their noise from (codec.Context): each call is a new draw."""
+
+    def uniform_like(self, x: Tensor) -> Tensor:
+        """fp32 noise in [0, 1) of x's shape, device and memory format: for references."""
+        ...
+
+    def seed_for(self, x: Tensor) -> Tensor:
+        """int64 [1] on x's device, not negative: for kernels, which make their noise from it."""
+        ...
+
+
+def uniform_from(seed: Tensor | int, x: Tensor) -> Tensor:
+    """fp32 noise in [0, 1) of x's shape, device and memory format from a seed: what registered operations use off the GPU."""
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.empty_like(x, dtype=torch.float32, requires_grad=False).uniform_(generator=generator)
 
 
 def uniform_reference(seed: int, count: int) -> Tensor:

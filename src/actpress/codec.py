@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from actpress.kernels.layout import is_channels_last
+from actpress.kernels.noise import uniform_from
 
 
 class Like(NamedTuple):
@@ -52,12 +53,19 @@ class Context:
 
     def uniform_like(self, x: Tensor) -> Tensor:
         """fp32 noise in [0, 1) of x's shape, device and memory format."""
-        out = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
         if torch.compiler.is_compiling():
-            return out.uniform_()
+            return torch.empty_like(x, dtype=torch.float32, requires_grad=False).uniform_()
+        return uniform_from(self._next_seed(), x)
+
+    def seed_for(self, x: Tensor) -> Tensor:
+        """int64 [1] on x's device, not negative: a seed for kernels that make their own noise."""
+        if torch.compiler.is_compiling():
+            return torch.randint(2**63 - 1, (1,), device=x.device)
+        return torch.full((1,), self._next_seed(), dtype=torch.int64, device=x.device)
+
+    def _next_seed(self) -> int:
         self.draws += 1
-        generator = torch.Generator(x.device).manual_seed((self.seed + self.draws * 0x9E3779B97F4A7C15) % 2**63)
-        return out.uniform_(generator=generator)
+        return (self.seed + self.draws * 0x9E3779B97F4A7C15) % 2**63
 
 
 class Codec:
