@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from actpress import fidelity
-from actpress.methods import Division, Stock
+from actpress.methods import BlockPruning, Division, Stock
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,34 @@ def found():
 
 
 def test_figures_are_means_over_batches_and_draws(found):
-    assert found["stock"]["0.weight"] == pytest.approx({"cosine": 1, "cosine_sd": 0, "norm_ratio": 1, "n": 6}, abs=1e-9)
+    exact = {"cosine": 1, "cosine_sd": 0, "norm_ratio": 1, "bias": 0, "noise": 0, "excess": None, "n": 2}
+    assert found["stock"]["0.weight"] == pytest.approx(exact, abs=1e-9)  # one draw of each batch is enough
     two, eight = found["two bits"]["total"], found["eight bits"]["total"]
     assert two["cosine"] < eight["cosine"] < 1 and eight["cosine"] > 0.999
     assert two["cosine_sd"] > 0  # the noise differs between draws
+    assert two["n"] == 6 and two["noise"] > eight["noise"] > 0
+
+
+def test_bias_of_an_unbiased_method_is_what_chance_explains():
+    """The last layer's weight gradient is linear in the decoded input, whose expectation is the input; top-k pruning is biased."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5))
+    batch = (torch.randn(32, 64), torch.randint(5, (32,)))
+    methods = {
+        "division": Division(),
+        "sample": BlockPruning(sparsity=0.5, select="sample"),
+        "top-k": BlockPruning(sparsity=0.5),
+    }
+    last = {label: figures["2.weight"] for label, figures in fidelity.compare(net, methods, [batch], draws=100).items()}
+    for label in ("division", "sample"):
+        # about 1 is expected; systematic sampling follows a single number, whose mean strays by 2 standard errors in one of twenty
+        assert last[label]["excess"] < 2, f"{label}: bias is {last[label]['excess']:.2f} standard errors"
+        assert last[label]["bias"] < last[label]["noise"] / 5
+    assert last["top-k"]["noise"] == 0 and last["top-k"]["bias"] > 0.1
+
+
+def test_summary_has_a_line_per_method(found):
+    lines = fidelity.summary(found, ["0.weight", "2.weight"]).splitlines()
+    assert len(lines) == 2 + len(found) and "deterministic" in lines[2] and "| 6 |" in lines[3]
 
 
 def test_rendered_lines_count_who_is_closer(found):

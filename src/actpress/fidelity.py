@@ -1,6 +1,14 @@
-"""Gradient fidelity of methods on one trained network: per parameter, the approximate gradient beside the exact one.
+"""Gradient fidelity of methods on one network: per parameter, the approximate gradient g~ beside the exact g.
 
-Everything is measured at the same weights and on the same batches; what varies between draws is the noise of stochastic codecs.
+Everything is measured at the same weights and on the same batches; what varies between draws is the noise of stochastic codecs. For each
+parameter, over n draws on a batch and then as the mean over batches:
+
+    cosine, norm_ratio    of g~ and g: mean over draws; cosine_sd is the spread over all draws and batches
+    bias                  |mean g~ - g| / |g|
+    noise                 sqrt(mean |g~ - mean g~|^2 n / (n - 1)) / |g|: the spread of single draws, 0 for a deterministic method
+    excess                bias / (noise / sqrt(n)): an unbiased method shows about 1, whatever n; None without noise
+
+A deterministic method is found out by its second draw and is not drawn again.
 """
 
 import statistics
@@ -12,34 +20,70 @@ from torch import Tensor, nn
 
 from actpress import measure, swap
 
-Figures = dict[str, dict[str, float]]  # parameter -> cosine, cosine_sd, norm_ratio, n
+Figures = dict[str, dict[str, float]]  # parameter -> cosine, cosine_sd, norm_ratio, bias, noise, excess, n
 
 
 def compare(
     model: nn.Module, methods: Mapping[str, swap.Method], batches: Sequence[tuple[Tensor, Tensor]], draws: int
 ) -> dict[str, Figures]:
-    """Label of each method -> figures of each parameter and of "total": means over batches x draws, spread of the cosine.
+    """Label of each method -> figures of each parameter and of "total". n: draws x batches.
 
     batches: (x [N, C, H, W], y [N]). The model is left alone; its mode decides whether batch norms use batch statistics.
     """
+    exact = [measure.gradients(model, batch) for batch in batches]
     found = {}
     for label, method in methods.items():
-        measured = []
-        for draw in range(draws):
-            for batch in batches:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(draw)  # seeds the noise of the applied copy
-                    measured.append(measure.gradient_fidelity(model, method, batch))
-        found[label] = {name: _figures([fidelity[name] for fidelity in measured]) for name in measured[0]}
+        parts = [_on_batch(model, method, batch, g, draws) for batch, g in zip(batches, exact, strict=True)]
+        found[label] = {name: _figures([part[name] for part in parts]) for name in exact[0]}
     return found
 
 
-def _figures(measured: Sequence[measure.Fidelity]) -> dict[str, float]:
-    cosines = [fidelity.cosine for fidelity in measured]
+class _Draws:
+    """Running sums over the draws of one parameter's gradient on one batch."""
+
+    def __init__(self, exact: Tensor):
+        self.exact, self.sum, self.squares, self.fidelities = exact, torch.zeros_like(exact), 0.0, []
+
+    def add(self, approximate: Tensor) -> None:
+        self.sum += approximate
+        self.squares += approximate.square().sum().item()
+        self.fidelities.append(measure.compare(approximate, self.exact))
+
+    def bias_and_noise(self) -> tuple[float, float]:
+        n, norm = len(self.fidelities), self.exact.norm().item()
+        mean = self.sum / n
+        variance = (self.squares / n - mean.square().sum().item()) * n / max(n - 1, 1)
+        return (mean - self.exact).norm().item() / norm, max(variance, 0.0) ** 0.5 / norm
+
+
+def _on_batch(
+    model: nn.Module, method: swap.Method, batch: tuple[Tensor, Tensor], exact: Mapping[str, Tensor], draws: int
+) -> dict[str, _Draws]:
+    sums = {name: _Draws(g) for name, g in exact.items()}
+    first = None
+    for draw in range(draws):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw)  # seeds the noise of the applied copy
+            approximate = measure.gradients(model, batch, method)
+        if draw == 1 and torch.equal(approximate["total"], first):
+            break
+        first = approximate["total"] if draw == 0 else first
+        for name, g in approximate.items():
+            sums[name].add(g)
+    return sums
+
+
+def _figures(batches: Sequence[_Draws]) -> dict[str, float]:
+    cosines = [f.cosine for batch in batches for f in batch.fidelities]
+    biases, noises = zip(*(batch.bias_and_noise() for batch in batches), strict=True)
+    bias, noise, draws = statistics.fmean(biases), statistics.fmean(noises), len(batches[0].fidelities)
     return {
         "cosine": statistics.fmean(cosines),
         "cosine_sd": statistics.stdev(cosines) if len(cosines) > 1 else 0.0,
-        "norm_ratio": statistics.fmean(fidelity.norm_ratio for fidelity in measured),
+        "norm_ratio": statistics.fmean(f.norm_ratio for batch in batches for f in batch.fidelities),
+        "bias": bias,
+        "noise": noise,
+        "excess": bias / (noise / draws**0.5) if draws > 1 and noise > 0 else None,
         "n": len(cosines),
     }
 
@@ -47,6 +91,19 @@ def _figures(measured: Sequence[measure.Fidelity]) -> dict[str, float]:
 def is_layer_weight(name: str, parameter: Tensor) -> bool:
     """Weights of convolutions and linears: what the papers approximate first."""
     return name.endswith("weight") and parameter.dim() > 1
+
+
+def summary(found: Mapping[str, Figures], layers: Sequence[str]) -> str:
+    """Markdown: a line per method, about the total gradient and about the layers."""
+    head = ["method", "total: cosine", "norm ratio", "bias", "noise", "bias / its standard error"]
+    head += ["layers: lowest cosine", "median", "n"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for label, figures in found.items():
+        total, cosines = figures["total"], sorted(figures[name]["cosine"] for name in layers)
+        excess = "deterministic" if total["excess"] is None else f"{total['excess']:.1f}"
+        cells = [label, _cosine(total), _norm(total), f"{total['bias']:.4f}", f"{total['noise']:.4f}", excess]
+        lines.append(_row([*cells, f"{cosines[0]:.4f}", f"{statistics.median(cosines):.4f}", f"{total['n']}"]))
+    return "\n".join(lines)
 
 
 def render(found: Mapping[str, Figures], layers: Sequence[str], pair: tuple[str, str] | None = None) -> str:

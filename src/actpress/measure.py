@@ -200,22 +200,28 @@ def gradient_fidelity(model: nn.Module, method: swap.Method, batch: tuple[Tensor
     draw the same in both. Returns {parameter name: Fidelity}, and "total" for all parameters together. Parameters without a gradient are
     left out.
     """
+    exact, approximate = gradients(model, batch), gradients(model, batch, method)
+    return {name: compare(approximate[name], g) for name, g in exact.items()}
+
+
+def gradients(model: nn.Module, batch: tuple[Tensor, Tensor], method: swap.Method | None = None) -> dict[str, Tensor]:
+    """The gradient of each parameter, flat and in fp64, and "total", all of them in one; under `method` if there is one.
+
+    As for gradient_fidelity. The noise of stochastic codecs follows `torch.manual_seed`; that of random layers is the same in every call.
+    """
     x, y = batch
-    gradients = []
-    for changed in (False, True):
-        twin = copy.deepcopy(model)
-        if changed:
-            swap.apply(twin, method)
-        twin.zero_grad()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            nn.functional.cross_entropy(twin(x), y).backward()
-        gradients.append({name: p.grad.double().flatten() for name, p in twin.named_parameters() if p.grad is not None})
-    exact, approximate = gradients
-    exact["total"], approximate["total"] = (torch.cat(list(g.values())) for g in gradients)
-    return {name: _fidelity(approximate[name], g) for name, g in exact.items()}
+    twin = copy.deepcopy(model)
+    if method is not None:
+        swap.apply(twin, method)
+    twin.zero_grad()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.functional.cross_entropy(twin(x), y).backward()
+    found = {name: p.grad.double().flatten() for name, p in twin.named_parameters() if p.grad is not None}
+    return found | {"total": torch.cat(list(found.values()))}
 
 
-def _fidelity(approximate: Tensor, exact: Tensor) -> Fidelity:
+def compare(approximate: Tensor, exact: Tensor) -> Fidelity:
+    """Two flat gradients of one parameter."""
     norms = approximate.norm(), exact.norm()
     return Fidelity((approximate @ exact / (norms[0] * norms[1])).item(), (norms[0] / norms[1]).item())
