@@ -12,6 +12,7 @@ all tables, results/README.md.
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -24,12 +25,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from actpress import cli, data, errors, fidelity, headlines, record, tables
+from actpress import cli, data, engine, errors, fidelity, headlines, record, tables
 from actpress.run import InputError, bad_input, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PAGES = ROOT / "results" / "tables"
+GRADIENTS = ROOT / "results" / "fidelity"
 FINISHED = ("ok", "oom", "diverged")
 HOW = {
     "memory": "predicted with fake tensors, seconds, no data",
@@ -155,37 +157,74 @@ def derivative_error(table: tables.Table, cell: tables.Cell, seed: int) -> tuple
 
 
 def make_fidelity(table: tables.Table) -> str:
-    """Train the network of a fidelity table, unless its checkpoint is there, and compare the gradients of the rows' methods on it."""
-    missing = {need for cell in table.cells for need in lacking(cell)}
-    found, layers, environments = {}, [], []
-    if not missing:
-        stock = replace(table.cells[0], overrides=(*table.cells[0].overrides, "method=none"))
-        stock = replace(stock, overrides=tuple(o for o in stock.overrides if not o.startswith("method.")))
-        cfg = compose(stock, table.seeds[0])
-        record_of_training(table, stock, table.seeds[0])
-        weights = torch.load(ROOT / files_of(cfg).checkpoint, map_location="cpu", weights_only=True)["model"]
-        images = data.create(cfg.data, cfg.recipe, device=torch.device("cpu"), seed=cfg.seed, workers=0)
-        images.train.set_epoch(0)
-        model = hydra.utils.instantiate(cfg.model)
-        model.load_state_dict(weights)
-        methods = {cell.labels["method"]: hydra.utils.instantiate(compose(cell, 0).method) for cell in table.cells}
-        batches = list(islice(images.train, table.fidelity["batches"]))
-        found = fidelity.compare(model.train(), methods, batches, table.fidelity["draws"])
-        layers = [name for name, p in model.named_parameters() if fidelity.is_layer_weight(name, p)]
-        environments = [record.environment("cpu") | {"trained": record.run_id(cfg), "label": images.label}]
-    body = (
-        fidelity.render(found, layers, tuple(table.fidelity["pair"]))
-        if found
-        else f"not run (needs {tables.needs(tuple(missing))})"
-    )
-    trained = f"Trained: {environments[0]['trained']}, {environments[0]['label']}. " if environments else ""
-    notes = [f"- {note}" for note in table.notes]
-    head = [f"## {table.title}", "", f"Source: {table.source}.", "", body, "", *notes, ""]
-    text = "\n".join([*head, trained + provenance(table, environments), ""])
-    about = {"table": table.name, "title": table.title, "measured": f"{len(found)} of {len(table.cells)}"}
-    record.write(PAGES / f"{table.name}.json", about | {"layers": found, "environment": environments})
+    """Compare the gradients of the rows' methods on each network of a fidelity table, at its initial or trained weights."""
+    body, environments, measured = [], [], {}
+    for network in dict.fromkeys(cell.labels.get("network", "") for cell in table.cells):
+        cells = [cell for cell in table.cells if cell.labels.get("network", "") == network]
+        for weights in table.fidelity["weights"]:
+            missing = tuple(dict.fromkeys(need for cell in cells for need in lacking(cell)))
+            found = {} if missing else {cell.labels["method"]: gradients(table, cell, weights) for cell in cells}
+            measured[f"{network} {weights}".strip()] = found
+            body += [f"### {', '.join(filter(None, (network, f'{weights} weights')))}", ""]
+            if missing:
+                body += [f"not run (needs {tables.needs(missing)})", ""]
+                continue
+            environments += [entry["environment"] for entry in found.values()]
+            figures = {method: entry["figures"] for method, entry in found.items()}
+            layers = next(iter(found.values()))["layers"]
+            pair = tuple(table.fidelity["pair"]) if table.fidelity["pair"] else None
+            body += [fidelity.summary(figures, layers), "", "<details><summary>layer by layer</summary>", ""]
+            body += [fidelity.render(figures, layers, pair), "", "</details>", ""]
+    head = [f"## {table.title}", "", f"Source: {table.source}.", ""]
+    text = "\n".join([*head, *body, *(f"- {note}" for note in table.notes), "", provenance(table, environments), ""])
+    count = sum(map(len, measured.values()))
+    about = {"table": table.name, "title": table.title, "kind": table.kind}
+    about["measured"] = f"{count} of {len(table.cells) * len(table.fidelity['weights'])}"
+    ids = {where: {method: entry["id"] for method, entry in found.items()} for where, found in measured.items()}
+    record.write(PAGES / f"{table.name}.json", about | {"gradients": ids})
     write_text(PAGES / f"{table.name}.md", text)
     return text
+
+
+def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any]:
+    """The record of one method's gradients on one network, measured unless it is there: results/fidelity/<id>.json."""
+    stock = replace(cell, overrides=(*(o for o in cell.overrides if not o.startswith("method")), "method=none"))
+    seed = table.seeds[0]
+    cfg, own = compose(stock, seed), compose(cell, seed)
+    settings = {key: table.fidelity[key] for key in ("batches", "examples", "draws")} | {"weights": weights}
+    name = fidelity.record_id(record.run_id(cfg), record.portable(own)["method"], settings)
+    path = GRADIENTS / f"{name}.json"
+    if path.exists():
+        return record.read(path)
+    if weights == "trained":
+        record_of_training(table, stock, seed)
+        state = torch.load(ROOT / files_of(cfg).checkpoint, map_location="cpu", weights_only=True)["model"]
+    start = time.perf_counter()
+    images = data.create(cfg.data, cfg.recipe, device=torch.device("cpu"), seed=cfg.seed, workers=0)
+    images.train.set_epoch(0)
+    engine.seed_everything(cfg.seed)
+    model = hydra.utils.instantiate(cfg.model).train()
+    if weights == "trained":
+        model.load_state_dict(state)
+    examples = settings["examples"] or cfg.recipe.batch_size
+    batches = [(x[:examples], y[:examples]) for x, y in islice(images.train, settings["batches"])]
+    found = fidelity.compare(model, {"": hydra.utils.instantiate(own.method)}, batches, settings["draws"])[""]
+    entry = {
+        "id": name,
+        "network": record.run_id(cfg),
+        "label": images.label,
+        "method": record.portable(own)["method"],
+        **settings,
+        "layers": [name for name, p in model.named_parameters() if fidelity.is_layer_weight(name, p)],
+        "figures": found,
+        "seconds": time.perf_counter() - start,
+        "environment": record.environment("cpu"),
+    }
+    record.write(path, entry)
+    print(
+        f"  {', '.join(map(str, cell.labels.values()))}, {weights}: cosine {found['total']['cosine']:.4f}", flush=True
+    )
+    return entry
 
 
 def train(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -56,6 +56,41 @@ def test_rows_expand_over_the_sweep(small):
     assert small.cells[3].paper == {"saved_bytes": 2.0}
 
 
+def test_rows_of_a_fidelity_table_expand_over_networks(tmp_path):
+    text = """
+title: A title
+source: none
+kind: fidelity
+metrics: {}
+common: [data=digits]
+networks:
+  - {name: A, overrides: [model=resnet20]}
+  - {name: B, overrides: [model=vit_nano]}
+fidelity: {draws: 7}
+rows:
+  - labels: {method: division}
+    overrides: [method=division]
+  - labels: {method: few-bit}
+    networks: [B]
+    overrides: [method=few_bit]
+"""
+    (tmp_path / "small.yaml").write_text(text)
+    table = tables.load(tmp_path, "small")
+    assert [tuple(cell.labels.values()) for cell in table.cells] == [
+        ("A", "division"),
+        ("B", "division"),
+        ("B", "few-bit"),
+    ]
+    assert table.cells[1].overrides == ("data=digits", "model=vit_nano", "method=division")
+    assert table.fidelity["draws"] == 7 and table.fidelity["weights"] == ["trained"]
+    (tmp_path / "small.yaml").write_text(text.replace("[B]", "[C]"))
+    with pytest.raises(ValueError, match="network 'C', allowed: A, B"):
+        tables.load(tmp_path, "small")
+    (tmp_path / "small.yaml").write_text(text.replace("draws: 7", "draw: 7"))
+    with pytest.raises(ValueError, match="'draw', allowed: batches, examples, draws"):
+        tables.load(tmp_path, "small")
+
+
 def test_measured_paper_difference_and_verdict(small):
     found = [r.summaries["saved_bytes"] for r in results(small)]
     assert (found[0].mean, found[0].difference, found[0].within) == (4.0, 0.0, True)

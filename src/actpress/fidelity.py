@@ -11,6 +11,8 @@ parameter, over n draws on a batch and then as the mean over batches:
 A deterministic method is found out by its second draw and is not drawn again.
 """
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,6 +88,12 @@ def _figures(batches: Sequence[_Draws]) -> dict[str, float]:
         "excess": bias / (noise / draws**0.5) if draws > 1 and noise > 0 else None,
         "n": len(cosines),
     }
+
+
+def record_id(network: str, method: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Name of the record of one measurement: <run id of the network>-<weights>-<method's class>-<hash of all that goes into it>."""
+    digest = hashlib.sha256(json.dumps([network, method, settings], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{network}-{settings['weights']}-{method['_target_'].rpartition('.')[2].lower()}-{digest}"
 
 
 def is_layer_weight(name: str, parameter: Tensor) -> bool:

@@ -27,6 +27,13 @@ NEEDS = {
     "cifar10": "CIFAR-10 as image files",
     "transformers": "transformers, the extra `text`",
 }  # what a machine may have or lack
+FIDELITY = {  # what a fidelity table sets, and what it is otherwise
+    "batches": 2,  # training batches
+    "examples": None,  # of each batch, the first so many; None: all
+    "draws": 100,  # of a stochastic method's noise, per batch
+    "weights": ["trained"],  # init, trained or both
+    "pair": None,  # two methods of which to count who is closer in how many layers
+}
 VERSUS = ("ratio", "difference", "change")
 REUSE = (
     "any",
@@ -94,7 +101,7 @@ class Table:
     default: bool = False  # part of what `make reproduce-table` does without a name
     reuse: str = "any"  # which records of finished runs may stand in it
     headlines: tuple[dict[str, Any], ...] = ()  # see actpress.headlines
-    fidelity: dict[str, Any] = field(default_factory=dict)  # kind fidelity: batches, draws, pair of methods to compare
+    fidelity: dict[str, Any] = field(default_factory=dict)  # kind fidelity, see FIDELITY
 
 
 Values = list[dict[str, Any]]  # one {metric: value in bytes, percent or images/s, or a word} for each seed
@@ -117,9 +124,11 @@ def load(folder: Path, name: str) -> Table:
         _allowed(name, "unit", metric.unit, UNITS)
         _allowed(name, "versus_baseline", metric.versus_baseline, (None, *VERSUS))
         _allowed(name, "reduction_of", metric.reduction_of, (None, *metrics))
-    cells = [
-        cell for row in raw["rows"] for cell in _expand(name, row, raw.get("common", []), raw.get("sweep", {}), metrics)
-    ]
+    common, sweep = raw.get("common", []), raw.get("sweep", {})
+    rows = [row for row in raw["rows"] for row in _on_networks(name, row, raw.get("networks", []))]
+    cells = [cell for row in rows for cell in _expand(name, row, common, sweep, metrics)]
+    for key in raw.get("fidelity", {}):
+        _allowed(name, "fidelity setting", key, FIDELITY)
     _allowed(name, "reuse", raw.get("reuse", "any"), REUSE)
     return Table(
         name=name,
@@ -134,8 +143,26 @@ def load(folder: Path, name: str) -> Table:
         default=raw.get("default", False),
         reuse=raw.get("reuse", "any"),
         headlines=tuple(raw.get("headlines", ())),
-        fidelity=raw.get("fidelity", {}),
+        fidelity=FIDELITY | raw.get("fidelity", {}),
     )
+
+
+def _on_networks(name: str, row: Mapping, networks: list[Mapping]) -> list[Mapping]:
+    """One row of the file -> one for each of the networks (name, overrides) that it names, all of them by default."""
+    if not networks:
+        return [row]
+    known = {network["name"]: network["overrides"] for network in networks}
+    wanted = row.get("networks", list(known))
+    for network in wanted:
+        _allowed(name, "network", network, known)
+    return [
+        {
+            **row,
+            "labels": {"network": network, **row["labels"]},
+            "overrides": [*known[network], *row.get("overrides", ())],
+        }
+        for network in wanted
+    ]
 
 
 def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics: Mapping[str, Metric]) -> list[Cell]:
