@@ -104,7 +104,7 @@ def make(table: tables.Table) -> str:
             ):
                 continue
             numbers, environment = measuring(table, cell, seed)
-            values.append(numbers)
+            values.append(numbers | {"seed": seed})
             environments.append(environment)
             shown = ", ".join(
                 f"{m.label} {m.show(numbers.get(key))}" for key, m in table.metrics.items() if not m.reduction_of
@@ -231,9 +231,11 @@ def train(table: tables.Table, cell: tables.Cell, seed: int) -> tuple[dict[str, 
     """(metrics, environment) of a cell of a training table, from its record; trained first if there is none."""
     found = record_of_training(table, cell, seed)
     metrics = found["metrics"] | {"train_images_per_s": (found["metrics"]["train_images_per_s"] or {}).get("median")}
+    if table.reach is not None:
+        metrics |= tables.time_to(found["history"], table.reach)
     if found["status"] != "ok":
         metrics = dict.fromkeys(metrics, found["status"].upper())
-    return metrics, found["environment"]
+    return metrics | {"run_id": found["run_id"]}, found["environment"]
 
 
 def record_of_training(table: tables.Table, cell: tables.Cell, seed: int) -> dict[str, Any]:

@@ -214,3 +214,24 @@ def test_division_memory_reproduces_the_paper(network):
 def test_precision_halves_activations_but_not_parameters():
     full, half = (tables.memory(torchvision.models.resnet18, Stock(), 4, 64, p) for p in ("fp32", "bf16"))
     assert half["saved_bytes"] < 0.6 * full["saved_bytes"] and half["parameter_bytes"] == full["parameter_bytes"]
+
+
+def test_differences_to_the_baseline_are_paired_by_seed(tmp_path):
+    text = SMALL.replace("kind: memory", "kind: training").replace("unit: MiB", 'unit: "%"')
+    (tmp_path / "small.yaml").write_text(text.replace("versus_baseline: ratio", "versus_baseline: difference"))
+    table = tables.load(tmp_path, "small")
+    stock = [{"seed": seed, "saved_bytes": value} for seed, value in ((0, 70.0), (1, 80.0), (2, 75.0))]
+    ours = [{"seed": seed, "saved_bytes": value} for seed, value in ((2, 74.0), (0, 69.5), (1, 79.0), (3, 10.0))]
+    found = tables.summarise(table, [stock, [], ours, [], [], []])[2].summaries["saved_bytes"].paired[0]
+    assert found["n"] == 3 and found["mean"] == pytest.approx(-5 / 6) and 0 < found["p"] < 0.1
+    text = tables.render(table, tables.summarise(table, [stock, [], ours, [], [], []]), "")
+    assert "-0.83 ± 0.29 (paired, n=3, p=0.038)" in text
+
+
+def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
+    history = [
+        {"epoch": epoch, "train_seconds": 10.0, "test_accuracy": accuracy}
+        for epoch, accuracy in ((1, 40.0), (2, 52.0), (3, 49.0))
+    ]
+    assert tables.time_to(history, 50) == {"epochs_to_reach": 2, "seconds_to_reach": 20.0}
+    assert tables.time_to(history, 60)["epochs_to_reach"] == "not reached"

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from scipy import stats
 from torch import nn
 
 from actpress import measure, swap
 
 KINDS = ("memory", "training", "fidelity", "error")
-UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0}
-FORMATS = {"GiB": ".3f", "MiB": ".1f", "%": ".2f", "images/s": ".0f", "absolute": ".2e"}
+UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0, "epochs": 1.0, "s": 1.0}
+FORMATS = {"GiB": ".3f", "MiB": ".1f", "%": ".2f", "images/s": ".0f", "absolute": ".2e", "epochs": ".1f", "s": ".0f"}
 NEEDS = {
     "gpu": "a GPU",
     "imagenet": "ImageNet",
@@ -102,6 +103,9 @@ class Table:
     reuse: str = "any"  # which records of finished runs may stand in it
     headlines: tuple[dict[str, Any], ...] = ()  # see actpress.headlines
     fidelity: dict[str, Any] = field(default_factory=dict)  # kind fidelity, see FIDELITY
+    reach: float | None = (
+        None  # kind training: the test accuracy, percent, of metrics epochs_to_reach and seconds_to_reach
+    )
 
 
 Values = list[dict[str, Any]]  # one {metric: value in bytes, percent or images/s, or a word} for each seed
@@ -144,6 +148,7 @@ def load(folder: Path, name: str) -> Table:
         reuse=raw.get("reuse", "any"),
         headlines=tuple(raw.get("headlines", ())),
         fidelity=FIDELITY | raw.get("fidelity", {}),
+        reach=raw.get("reach"),
     )
 
 
@@ -251,6 +256,7 @@ class Summary:
     difference: float | None = None  # relative, to the paper
     within: bool | None = None
     versus: list[float | None] = field(default_factory=list)  # to each baseline, as the metric says
+    paired: list[dict[str, float] | None] = field(default_factory=list)  # to each baseline, see `paired`
 
 
 @dataclass
@@ -277,7 +283,21 @@ def summarise(table: Table, values: list[Values]) -> list[Result]:
                     None if base is result else _versus(metric, result.summaries[name].mean, base.summaries[name].mean)
                 )
                 result.summaries[name].versus.append(versus)
+                pairs = None if base is result or metric.versus_baseline != "difference" else paired(name, result, base)
+                result.summaries[name].paired.append(pairs)
     return results
+
+
+def paired(metric: str, result: "Result", base: "Result") -> dict[str, float] | None:
+    """Differences to the baseline seed by seed: mean, sd, n and the p-value of a two-sided paired t-test; None with less than two seeds."""
+    own, stock = ({v.get("seed"): v.get(metric) for v in r.values} for r in (result, base))
+    pairs = [(own[seed], stock[seed]) for seed in own if seed is not None and seed in stock]
+    gaps = [a - b for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
+    if len(gaps) < 2:
+        return None
+    deviation = statistics.stdev(gaps)
+    p = float(stats.ttest_1samp(gaps, 0.0).pvalue) if deviation > 0 else float(statistics.fmean(gaps) == 0)
+    return {"mean": statistics.fmean(gaps), "sd": deviation, "n": len(gaps), "p": p}
 
 
 def _baseline(results: list[Result], result: Result, labels: Mapping[str, Any]) -> Result:
@@ -341,9 +361,19 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
             if has_paper and (metric.tolerance or metric.at_most):
                 row += [_signed(summary.difference), _verdict(summary.within)]
             if metric.versus_baseline:
-                row += [_versus_text(metric, versus) for versus in summary.versus]
+                row += [_versus_text(metric, *to) for to in zip(summary.versus, summary.paired, strict=True)]
         lines.append(_row(row))
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), "", provenance, ""])
+
+
+def time_to(history: list[Mapping[str, float]], reach: float) -> dict[str, float | str]:
+    """Epochs, and seconds of training, until the test accuracy is `reach` percent for the first time; "not reached" otherwise."""
+    seconds = 0.0
+    for row in history:
+        seconds += row["train_seconds"]
+        if row["test_accuracy"] >= reach:
+            return {"epochs_to_reach": row["epoch"], "seconds_to_reach": seconds}
+    return {"epochs_to_reach": "not reached", "seconds_to_reach": "not reached"}
 
 
 def needs(requires: tuple[str, ...]) -> str:
@@ -372,9 +402,12 @@ def _verdict(within: bool | None) -> str:
     return {None: "", True: "yes", False: "**no**"}[within]
 
 
-def _versus_text(metric: Metric, versus: float | None) -> str:
+def _versus_text(metric: Metric, versus: float | None, pairs: Mapping[str, float] | None) -> str:
     if versus is None:
         return ""
+    if pairs is not None:
+        sd = f"{pairs['sd']:{FORMATS[metric.unit]}}"
+        return f"{pairs['mean']:+{FORMATS[metric.unit]}} ± {sd} (paired, n={pairs['n']}, p={pairs['p']:.2g})"
     number = {"ratio": "{:.2f}x", "difference": f"{{:+{FORMATS[metric.unit]}}}", "change": "{:+.1%}"}
     return number[metric.versus_baseline].format(versus)
 
