@@ -52,6 +52,8 @@ class Case:
 
     moved(*inputs): bytes of device memory the kernel reads and writes, masked lanes and what the caches serve left out.
     floor(*inputs): the least possible, each input read once and each output written once.
+
+    tiny(dtype, device) -> inputs so small that Triton's interpreter takes seconds over them; None leaves the case out there.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Case:
     tolerance: float = 0.0  # of kernel against reference, relative RMS; 0: equal bit for bit
     flops: Callable[..., int] | None = None  # for matrix products, whose time is arithmetic
     notes: str = field(default="")
+    tiny: Callable[[torch.dtype, str], tuple] | None = None
 
 
 def on_gpu(x: Tensor) -> bool:

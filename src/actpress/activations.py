@@ -2,7 +2,8 @@
 
 Stock PyTorch keeps the input x of an activation y = f(x), and the next layer keeps y: two tensors where one carries all that is
 needed. Here one autograd.Function keeps what a `Derivative` says: a code made from x and, if it asks for it, y itself, the very
-tensor the next layer keeps. dx = dy * f'(x) is then approximate by as much as the derivative is; forward outputs are stock's, bit by bit.
+tensor the next layer keeps. dx = dy * f'(x) is then approximate by as much as the derivative is; forward outputs are stock's, bit by bit,
+unless the Derivative was asked for a kernel that computes output and code in one read of x.
 
 Beside PyTorch's own layers there are those of timm and transformers that compute the same functions, found by their qualified names, so
 that neither library is imported. Each keeps the formula of its library, since the order of operations shows in the last bit.
@@ -37,13 +38,20 @@ class Derivative:
         """x -> (uint8 code, channels_last)."""
         raise NotImplementedError
 
+    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
+        """(y, code, channels_last) at once, y in the order of the code; None: stock's y is to be computed, and the code by `encode`."""
+        return None
+
     def input_grad(self, dy: Tensor, code: Tensor, y: Tensor | None, function: str, channels_last: bool) -> Tensor:
         """dx, of dy's shape and dtype. y is None unless `keeps_output`."""
         raise NotImplementedError
 
 
+FORWARD = ("stock", "fused")  # what methods let choose
+
+
 class Variant(NamedTuple):
-    """One way to compute an activation."""
+    """One way to compute an activation. A variant of its function's name is the function's plain formula."""
 
     compute: Callable[[Tensor], Tensor]
     function: str
@@ -86,12 +94,15 @@ class _Activation(Function):
     def forward(ctx, x, variant, inplace, derivative):
         compute, function, compute_inplace = VARIANTS[variant]
         ctx.function, ctx.derivative, ctx.x_dtype = function, derivative, x.dtype
-        code, ctx.channels_last = derivative.encode(x, function)
-        if inplace:
-            ctx.mark_dirty(x)
-            y = compute_inplace(x)
+        plain = variant == function and not inplace  # other variants are formulas of libraries, kept to the bit
+        fused = derivative.forward(x, function) if plain else None
+        if fused is not None:
+            y, code, ctx.channels_last = fused
         else:
-            y = compute(x)
+            code, ctx.channels_last = derivative.encode(x, function)
+            if inplace:
+                ctx.mark_dirty(x)
+            y = (compute_inplace if inplace else compute)(x)
         ctx.save_for_backward(code, y if derivative.keeps_output else None)
         return y
 

@@ -18,44 +18,64 @@ from functools import partial
 from torch import Tensor, nn
 
 from actpress import activations
-from actpress.activations import Derivative
-from actpress.kernels.few_bit import BITS, encode_reference, input_grad_reference
+from actpress.activations import FORWARD, Derivative
+from actpress.kernels import few_bit, launch
+from actpress.kernels.layout import is_channels_last
 from actpress.swap import Method, Replacement
 
 
 @dataclass(frozen=True)
 class Interval(Derivative):
-    """In which of 2^bits intervals the input lies."""
+    """In which of 2^bits intervals the input lies.
+
+    fused: on a GPU, compute the output and the code in one read of the input.
+    """
 
     bits: int
+    fused: bool = False
 
     def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
-        return encode_reference(x, function, self.bits)
+        return few_bit.encode(x, function, self.bits), is_channels_last(x)
+
+    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
+        if not (self.fused and launch.on_gpu(x)):
+            return None
+        return (*few_bit.forward(x, function, self.bits), is_channels_last(x))
 
     def input_grad(self, dy: Tensor, code: Tensor, y: None, function: str, channels_last: bool) -> Tensor:
-        return input_grad_reference(dy, code, function, self.bits, channels_last)
+        return few_bit.input_grad(dy, code, function, self.bits, channels_last)
 
 
 @dataclass(frozen=True)
 class FewBit(Method):
     """Few-Bit activations.
 
-    bits: 1, 2, 3 or 4 bits per element (the paper's main setting: 3). Raises ValueError on other values.
+    bits: 1, 2, 3 or 4 bits per element (the paper's main setting: 3).
+    forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the code; "fused", on a GPU one pass makes
+        both: one read of the input less, but the output may differ from stock's in the last bit. What is kept is the same. On a CPU, for
+        in-place layers and for other libraries' own formulas both are "stock".
+    Raises ValueError on other values.
     """
 
     bits: int = 3
+    forward: str = "stock"
 
     def __post_init__(self):
-        if self.bits not in BITS:
-            raise ValueError(f"FewBit: bits={self.bits!r}, allowed: {', '.join(map(str, BITS))}")
+        if self.bits not in few_bit.BITS:
+            raise ValueError(f"FewBit: bits={self.bits!r}, allowed: {', '.join(map(str, few_bit.BITS))}")
+        if self.forward not in FORWARD:
+            raise ValueError(f"FewBit: forward={self.forward!r}, allowed: {', '.join(FORWARD)}")
+
+    @property
+    def codec(self) -> Interval:
+        return Interval(self.bits, fused=self.forward == "fused")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        codec = Interval(self.bits)
-        return {nn.GELU: Replacement(activations.GELU, codec), nn.SiLU: Replacement(activations.SiLU, codec)}
+        return {nn.GELU: Replacement(activations.GELU, self.codec), nn.SiLU: Replacement(activations.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {n: partial(getattr(activations, n), derivative=Interval(self.bits)) for n in ("gelu", "silu")}
+        return {name: partial(getattr(activations, name), derivative=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activations.layer_for(module)
-        return None if layer is None else Replacement(layer, Interval(self.bits))
+        return None if layer is None else Replacement(layer, self.codec)

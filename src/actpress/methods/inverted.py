@@ -22,41 +22,61 @@ from functools import partial
 from torch import Tensor, nn
 
 from actpress import activations, sharing
-from actpress.activations import Derivative
-from actpress.kernels.inverted import input_grad_reference, left_reference
+from actpress.activations import FORWARD, Derivative
+from actpress.kernels import inverted, launch
 from actpress.kernels.layout import is_channels_last
-from actpress.kernels.masks import pack_mask_reference, unpack_mask_reference
 from actpress.swap import Method, Replacement
 
 
 @dataclass(frozen=True)
 class FromOutput(Derivative):
-    """One bit per element, and the output."""
+    """One bit per element, and the output.
 
+    fused: on a GPU, compute both in one read of the input.
+    """
+
+    fused: bool = False
     keeps_output = True
 
     def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
-        left = left_reference(x, function)
-        return pack_mask_reference(left), is_channels_last(left)
+        return inverted.left_bits(x, function), is_channels_last(x)
+
+    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
+        return (*inverted.forward(x, function), is_channels_last(x)) if self.fused and launch.on_gpu(x) else None
 
     def input_grad(self, dy: Tensor, code: Tensor, y: Tensor, function: str, channels_last: bool) -> Tensor:
-        return input_grad_reference(dy, y, unpack_mask_reference(code, y.shape, channels_last), function)
+        return inverted.input_grad(dy, y, code, function, channels_last)
 
 
 @dataclass(frozen=True)
 class Inverted(Method):
-    """Inverted activations. No options."""
+    """Inverted activations.
+
+    forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the bit; "fused", on a GPU one pass makes
+        both: one read of the input less, but the output may differ from stock's in the last bit. What is kept is the same. On a CPU, for
+        in-place layers and for other libraries' own formulas both are "stock".
+    Raises ValueError on other values.
+    """
+
+    forward: str = "stock"
+
+    def __post_init__(self):
+        if self.forward not in FORWARD:
+            raise ValueError(f"Inverted: forward={self.forward!r}, allowed: {', '.join(FORWARD)}")
+
+    @property
+    def codec(self) -> FromOutput:
+        return FromOutput(fused=self.forward == "fused")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        codec = FromOutput()
-        return {nn.GELU: Replacement(activations.GELU, codec), nn.SiLU: Replacement(activations.SiLU, codec)}
+        return {nn.GELU: Replacement(activations.GELU, self.codec), nn.SiLU: Replacement(activations.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(activations, name), derivative=FromOutput()) for name in ("gelu", "silu")}
+        return {name: partial(getattr(activations, name), derivative=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activations.layer_for(module)
-        return None if layer is None else Replacement(layer, FromOutput())
+        return None if layer is None else Replacement(layer, self.codec)
 
     def attach(self, model: nn.Module) -> None:
         sharing.watch(model)
