@@ -1,5 +1,7 @@
 # Every target sets itself up: on a fresh clone it first creates $(VENV) and installs the pinned versions.
 # Settings:  PYTHON=python3.12  VENV=.venv  TABLE=division_memory  DRY=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
+# of gpu-battery:    BUDGET=540  PROFILE=tiny  OUT=DIR  DRY=1        of import-results:    FILE=battery-DEVICE.tar.gz
+# of wheelhouse:     WHEELS_PYTHON=3.12  WHEELHOUSE=DIR  WHEELS="..."
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,6 +12,18 @@ METHOD ?= division
 BATCH  ?= 256
 ARGS   ?=
 
+# Not taken from the environment, where such names are common.
+BUDGET  = 540
+PROFILE = full
+OUT     = outputs/battery
+FILE    =
+
+# What a GPU node without a network may lack beside PyTorch, torchvision, timm and what these come with; setuptools builds actpress there.
+WHEELS ?= hydra-core omegaconf antlr4-python3-runtime hypothesis pytest-timeout setuptools tabulate
+WHEELS_PYTHON ?= 3.12
+WHEELHOUSE ?= wheelhouse
+WHEELS_FOR := --python-version $(WHEELS_PYTHON) --implementation cp $(foreach tag,1 2014 _2_17 _2_27 _2_28 _2_31 _2_34,--platform manylinux$(tag)_x86_64)
+
 BIN   := $(VENV)/bin
 RUN   := $(BIN)/python
 STAMP := $(VENV)/.actpress-installed
@@ -18,18 +32,40 @@ DRY_OVERRIDE := $(if $(filter 1 true yes,$(DRY)),dry=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-all test-gpu lint format train reproduce-table tables audit clean
+.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables audit compile-kernels bench-kernels gpu-battery import-results clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
 
 install: $(STAMP) ## create the virtual environment and install the pinned versions
 
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "actpress needs Python 3.11 or 3.12, but $(PYTHON) is %d.%d; name another with PYTHON=python3.11" % sys.version_info[:2])'
+endef
+
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "actpress needs Python 3.11 or 3.12, but $(PYTHON) is %d.%d; name another with PYTHON=python3.11" % sys.version_info[:2])'
+	$(CHECK_PYTHON)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]'
 	@touch $@
+
+# The environment sees the packages of $(PYTHON), also where that is a virtual environment itself, which venv alone would look past.
+install-offline: ## the same on a node without a network, from wheelhouse/ and the packages that PYTHON has
+	$(CHECK_PYTHON)
+	@test -d $(WHEELHOUSE) || { echo "error: no folder $(WHEELHOUSE); make wheelhouse makes it where there is a network" >&2; exit 2; }
+	$(PYTHON) -m venv --without-pip --system-site-packages $(VENV)
+	@$(PYTHON) -c 'import sys; print(*(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))), sep="\n")' \
+		> "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELHOUSE) $(WHEELS)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELHOUSE) --no-deps -e .
+	@$(RUN) -m pip --disable-pip-version-check check | grep '^actpress' || true
+	@touch $(STAMP)
+
+wheelhouse: $(STAMP) ## fill wheelhouse/ with the wheels install-offline needs: WHEELS_PYTHON=3.12 WHEELS="..."
+	@mkdir -p $(WHEELHOUSE)
+	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w $(WHEELHOUSE) antlr4-python3-runtime # published as source only
+	$(RUN) -m pip download --quiet --disable-pip-version-check --only-binary=:all: $(WHEELS_FOR) --find-links $(WHEELHOUSE) -c constraints.txt -d $(WHEELHOUSE) $(WHEELS)
+	@du -ah $(WHEELHOUSE)
 
 test: $(STAMP) ## run the quick tests
 	$(PYTEST) $(ARGS)
@@ -59,6 +95,18 @@ tables: $(STAMP) ## reproduce every table of configs/tables
 
 audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHOD=division BATCH=256
 	$(RUN) scripts/audit.py model=$(MODEL) method=$(METHOD) batch=$(BATCH) $(ARGS)
+
+compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
+	$(RUN) scripts/compile_kernels.py $(ARGS)
+
+bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="cases=relu profile=tiny"
+	$(RUN) scripts/bench_kernels.py $(ARGS)
+
+gpu-battery: $(STAMP) ## all that needs a GPU, BUDGET=540 seconds of it; again to go on: DRY=1, PROFILE=tiny (no GPU), OUT=DIR
+	$(RUN) scripts/gpu_battery.py budget=$(BUDGET) profile=$(PROFILE) out=$(OUT) $(DRY_OVERRIDE) $(ARGS)
+
+import-results: $(STAMP) ## add the archive of a battery to results/: FILE=battery-DEVICE.tar.gz
+	$(RUN) scripts/import_results.py $(FILE) $(ARGS)
 
 clean: ## delete caches and build leftovers; keeps the environment, data/, outputs/ and results/
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

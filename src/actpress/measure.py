@@ -22,6 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actpress import swap
 
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 class _Saved:
     """What the graph holds in place of a saved tensor; it dies with the graph."""
@@ -225,3 +231,10 @@ def compare(approximate: Tensor, exact: Tensor) -> Fidelity:
     """Two flat gradients of one parameter."""
     norms = approximate.norm(), exact.norm()
     return Fidelity((approximate @ exact / (norms[0] * norms[1])).item(), (norms[0] / norms[1]).item())
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out: CUDA has one of its own, libraries and the CPU's allocator only a message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )

@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actpress import checkpoint, data, engine, logger, record, settings, swap
+from actpress import checkpoint, data, engine, logger, measure, record, settings, swap
 
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException)
 
@@ -187,20 +187,13 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
     except engine.Diverged as error:
         return finish("diverged", str(error))
     except Exception as error:
-        if _out_of_memory(error):
+        if measure.ran_out(error):
             return finish("oom", _one_line(error))
         finish("failed", f"{type(error).__name__}: {_one_line(error)}")
         raise
     finished = finish("ok")
     save(finished)  # after the record: a run that dies in between repeats its last epoch
     return finished
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own; the CPU's allocator only has a message."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
 
 
 def _report(trainer: engine.Trainer, row: dict[str, float], log: logger.Log) -> None:

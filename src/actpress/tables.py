@@ -361,7 +361,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
             if has_paper and (metric.tolerance or metric.at_most):
                 row += [_signed(summary.difference), _verdict(summary.within)]
             if metric.versus_baseline:
-                row += [_versus_text(metric, *to) for to in zip(summary.versus, summary.paired, strict=True)]
+                row += [versus_text(metric, *to) for to in zip(summary.versus, summary.paired, strict=True)]
         lines.append(_row(row))
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), "", provenance, ""])
 
@@ -402,7 +402,7 @@ def _verdict(within: bool | None) -> str:
     return {None: "", True: "yes", False: "**no**"}[within]
 
 
-def _versus_text(metric: Metric, versus: float | None, pairs: Mapping[str, float] | None) -> str:
+def versus_text(metric: Metric, versus: float | None, pairs: Mapping[str, float] | None) -> str:
     if versus is None:
         return ""
     if pairs is not None:

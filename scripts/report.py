@@ -1,0 +1,231 @@
+"""One self-contained page of everything that was measured: results/report.html.
+
+python scripts/report.py          read results/ (tables, runs, fidelity, kernels, LOG.md), write results/report.html
+
+Nothing is measured here and nothing is typed: a number is one of the tables' JSON, of a record or of a CSV file, and links to it. Numbers
+that were measured, predicted with fake tensors, taken from a paper, or not run look different.
+"""
+
+import base64
+import csv
+import io
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from actpress import record, tables
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+HOW = {"memory": "predicted", "error": "measured", "training": "measured", "fidelity": "measured"}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+plt.rcParams |= {"svg.hashsalt": "actpress", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def main() -> None:
+    text = render()
+    with record.replacing(RESULTS / "report.html") as file:
+        file.write(text.encode())
+    print(f"wrote {(RESULTS / 'report.html').relative_to(ROOT)}, {len(text) / 2**20:.1f} MiB")
+
+
+def render() -> str:
+    """The page, the same for the same results."""
+    pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        headlines=[
+            (told, name, HOW[page["kind"]]) for name, page in pages.items() for told in page.get("headlines", [])
+        ],
+        sections=[table_section(name, page) for name, page in pages.items()],
+        kernels=kernel_tables(),
+        log=Markup(MarkdownIt().enable("table").render((RESULTS / "LOG.md").read_text())),
+    )
+
+
+def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of one table."""
+    table = tables.load(ROOT / "configs" / "tables", name)
+    section = {"name": name, "title": page["title"], "source": table.source, "kind": table.kind, "notes": table.notes}
+    section |= {"measured": page["measured"], "figures": []}
+    if table.kind == "fidelity":
+        return section | fidelity_part(page)
+    section |= {"head": head(table), "rows": [row(table, found) for found in page["rows"]]}
+    section["provenance"] = provenance([page["environment"]] if page["environment"] else [])
+    if table.kind == "training":
+        records = [load(value["run_id"]) for found in page["rows"] for value in found["values"] if "run_id" in value]
+        section["provenance"] = provenance([found["environment"] for found in records]) or section["provenance"]
+        section["figures"] = list(curves(page))
+    return section
+
+
+def load(run_id: str) -> dict[str, Any]:
+    return record.read(RESULTS / "runs" / f"{run_id}.json")
+
+
+def head(table: tables.Table) -> list[str]:
+    """Column names of a table."""
+    names = list(table.cells[0].labels)
+    for name, metric in table.metrics.items():
+        names.append(f"{metric.label}, {metric.unit}")
+        if any(name in cell.paper for cell in table.cells):
+            names += [metric.reference, "difference"]
+        if metric.versus_baseline:
+            names += [f"vs {', '.join(map(str, labels.values()))}" for labels in table.baselines]
+    return names
+
+
+def row(table: tables.Table, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells of one row: text, the class that says what kind of number it is, links to records."""
+    cells = [{"text": str(value), "kind": "label"} for value in found["labels"].values()]
+    for name, metric in table.metrics.items():
+        summary = found["summary"][name]
+        cells.append(measured(table, metric, summary, found))
+        if any(name in cell.paper for cell in table.cells):
+            paper = found["paper"].get(name)
+            cells.append({"text": metric.printed(paper), "kind": "absent" if paper is None else "paper"})
+            difference = summary["difference"]
+            verdict = {True: "within", False: "outside", None: ""}[summary["within"]]
+            cells.append({"text": "" if difference is None else f"{difference:+.1%}", "kind": verdict})
+        if metric.versus_baseline:
+            paired = summary.get("paired") or [None] * len(summary["versus"])
+            for versus, pairs in zip(summary["versus"], paired, strict=True):
+                cells.append({"text": tables.versus_text(metric, versus, pairs), "kind": HOW[table.kind]})
+    return cells
+
+
+def measured(table: tables.Table, metric: tables.Metric, summary: dict, found: dict) -> dict[str, Any]:
+    if summary["mean"] is None:
+        missing = f" (needs {tables.needs(tuple(found['requires']))})" if found["requires"] else ""
+        return {"text": f"not run{missing}", "kind": "not-run"}
+    text = metric.text(summary["mean"])
+    if summary["deviation"] is not None:
+        text += f" ± {metric.text(summary['deviation'])}"
+    runs = [value["run_id"] for value in found["values"] if "run_id" in value]
+    return {"text": text, "n": summary["n"], "kind": HOW[table.kind], "links": [f"runs/{run}.json" for run in runs]}
+
+
+def provenance(environments: list[dict[str, Any]]) -> list[str]:
+    """Where numbers come from, each place once."""
+    return sorted(
+        {
+            f"{e['device']} ({e['device_type']}), torch {e['torch']}, commit {(e['commit'] or 'unknown')[:10]}"
+            f"{' with changes' if e['dirty'] else ''}, {e['date'][:10]}"
+            for e in environments
+        }
+    )
+
+
+def fidelity_part(page: dict[str, Any]) -> dict[str, Any]:
+    """A fidelity table from the records that its page names: a summary and a plot per network and weights."""
+    groups, environments = [], []
+    for where, ids in page.get("gradients", {}).items():
+        found = {method: record.read(RESULTS / "fidelity" / f"{name}.json") for method, name in ids.items()}
+        environments += [entry["environment"] for entry in found.values()]
+        if found:
+            groups.append({"where": where, "rows": fidelity_rows(found, ids), "figure": by_layer(where, found)})
+    return {"groups": groups, "provenance": provenance(environments)}
+
+
+def fidelity_rows(found: dict[str, dict], ids: dict[str, str]) -> list[dict[str, Any]]:
+    rows = []
+    for method, entry in found.items():
+        total = entry["figures"]["total"]
+        cosines = [entry["figures"][layer]["cosine"] for layer in entry["layers"]]
+        excess = "deterministic" if total["excess"] is None else f"{total['excess']:.1f}"
+        cells = [
+            f"{total['cosine']:.4f} ± {total['cosine_sd']:.4f}",
+            f"{total['norm_ratio']:.3f}",
+            f"{total['bias']:.4f}",
+        ]
+        cells += [
+            f"{total['noise']:.4f}",
+            excess,
+            f"{min(cosines):.4f}",
+            f"{statistics.median(cosines):.4f}",
+            total["n"],
+        ]
+        rows.append({"method": method, "cells": cells, "link": f"fidelity/{ids[method]}.json"})
+    return rows
+
+
+def by_layer(where: str, found: dict[str, dict]) -> Markup:
+    """Cosine of each layer's weight gradient, a line per method, bars one sd."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for (method, entry), colour in zip(found.items(), COLOURS * 9, strict=False):
+        figures = [entry["figures"][layer] for layer in entry["layers"]]
+        values, spread = [f["cosine"] for f in figures], [f["cosine_sd"] for f in figures]
+        axes.errorbar(range(len(values)), values, spread, label=method, color=colour, marker=".", lw=1, capsize=2)
+    axes.set(xlabel="layer, from input to output", ylabel="cosine to the exact gradient", title=where)
+    axes.legend(fontsize=7, ncols=2, frameon=False)
+    return svg(figure, f"cosine of weight gradients by layer, {where}")
+
+
+def curves(page: dict[str, Any]) -> Iterator[Markup]:
+    """Test accuracy by epoch, mean and one sd over seeds, a plot per network."""
+    networks: dict[str, dict[str, list]] = defaultdict(dict)
+    for found in page["rows"]:
+        histories = [load(value["run_id"])["history"] for value in found["values"] if "run_id" in value]
+        if histories:
+            networks[found["labels"].get("network", "")][found["labels"]["method"]] = histories
+    for network, methods in networks.items():
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (method, histories), colour in zip(methods.items(), COLOURS, strict=False):
+            by_epoch = list(zip(*([r["test_accuracy"] for r in history] for history in histories), strict=True))
+            mean = [statistics.fmean(values) for values in by_epoch]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in by_epoch]
+            label = f"{method} (n={len(histories)})"
+            axes.errorbar(range(1, len(mean) + 1), mean, spread, label=label, color=colour, marker=".", capsize=2)
+        axes.set(xlabel="epoch", ylabel="test accuracy, %", title=network or page["title"])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8, frameon=False)
+        yield svg(figure, f"test accuracy by epoch, {network}")
+
+
+def svg(figure: Any, description: str) -> Markup:
+    """A figure as an image inside the page, the same bytes for the same numbers."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    data = base64.b64encode(file.getvalue()).decode()
+    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(description, Markup(data))
+
+
+def kernel_tables() -> list[dict[str, Any]]:
+    """Every CSV file of results/kernels: measured bandwidth by device, and what ahead-of-time compilation says."""
+    found = []
+    for path in sorted((RESULTS / "kernels").glob("*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if (
+            path.stem == "aot"
+        ):  # one line per kernel: what the default configuration takes on sm_90, the largest over dtypes
+            rows = [r for r in rows if r["config"].startswith("default") and r["arch"] == "sm_90"]
+            worst = ("registers", "spill_bytes", "dynamic_shared_bytes")
+            cases = defaultdict(list)
+            for r in rows:
+                cases[r["case"], r["kernel"]].append(r)
+            rows = [
+                {"case": case, "kernel": kernel} | {key: max(int(r[key]) for r in group) for key in worst}
+                for (case, kernel), group in cases.items()
+            ]
+        found.append(
+            {"name": path.name, "head": list(rows[0]) if rows else [], "rows": [list(r.values()) for r in rows]}
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
