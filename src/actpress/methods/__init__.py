@@ -2,9 +2,11 @@
 
 from actpress.methods.division import Division
 from actpress.methods.few_bit import FewBit
+from actpress.methods.frequency import Frequency
 from actpress.methods.inverted import Inverted
 from actpress.methods.none import Stock
 from actpress.methods.pooling import Pooling
 from actpress.methods.pruning import BlockPruning
+from actpress.methods.quantize import Quantize
 
-__all__ = ["BlockPruning", "Division", "FewBit", "Inverted", "Pooling", "Stock"]
+__all__ = ["BlockPruning", "Division", "FewBit", "Frequency", "Inverted", "Pooling", "Quantize", "Stock"]

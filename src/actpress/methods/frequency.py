@@ -1,0 +1,93 @@
+"""Frequencies: which part of an activation map does the backward pass need? A study of DIVISION's premise, not a method of its own.
+
+DIVISION (arXiv 2208.04187) keeps block means in bf16, the low frequencies, and the rest in Q bits, the high ones. Here either part can be
+left out, and the block means replaced by a true low-pass filter, a DCT, of as many coefficients:
+
+    parts="both"    x~ = low + Q-bit high    Q + 16 / k^2 bits per element
+    parts="low"     x~ = low                 16 / k^2
+    parts="high"    x~ = Q-bit high          Q; the low part is subtracted before coding and forgotten
+
+Inputs of Conv2d and BatchNorm2d; ReLU, Dropout and pooling layers as in DIVISION. Plain PyTorch operations only, no kernels: slow.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from actpress import layers
+from actpress.codec import Codec, Context, Like
+from actpress.kernels import quantize
+from actpress.kernels.bits import BITS
+from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
+from actpress.swap import Method, Replacement
+
+PARTS = ("both", "low", "high")
+
+
+@dataclass(frozen=True)
+class FrequencyCodec(Codec):
+    """Low and high part of maps [N, C, H, W]; dense where that would be no smaller."""
+
+    block: int
+    bits: int
+    parts: str
+    transform: str
+
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        if x.numel() == 0:
+            return (x,)
+        maps = x.float()
+        low = low_reference(maps, self.block, self.transform)
+        kept = (low,) if self.parts != "high" else ()
+        if self.parts != "low":
+            rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
+            kept += quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits)
+        return kept if sum(t.nbytes for t in kept) < x.numel() * x.itemsize else (x,)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        if len(kept) == 1 and kept[0].shape == like.shape:  # a low part is smaller, or all of a map there is
+            return kept[0].to(like.dtype)
+        parts = []
+        if self.parts != "high":
+            low, *kept = kept
+            parts.append(back_reference(low, tuple(like.shape[2:]), self.block, self.transform, torch.float32))
+        if self.parts != "low":
+            code = quantize.Code(*kept)
+            parts.append(
+                quantize.decode_reference(code, like.shape, torch.float32, like.channels_last, "channel", 1, self.bits)
+            )
+        memory_format = torch.channels_last if like.channels_last else torch.contiguous_format
+        return sum(parts).to(like.dtype).contiguous(memory_format=memory_format)
+
+
+@dataclass(frozen=True)
+class Frequency(Method):
+    """The low and the high frequencies of maps, together or apart.
+
+    block: k, as in Division: 1/k of the frequencies of each axis are low. bits: Q of the high part: 1, 2, 4 or 8.
+    parts: "both", "low" or "high", what backward gets to see. transform: "mean", block means, or "dct".
+    Raises ValueError on other values.
+    """
+
+    block: int = 8
+    bits: int = 2
+    parts: str = "both"
+    transform: str = "mean"
+
+    def __post_init__(self):
+        if not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"Frequency: block={self.block!r}, allowed: integers from 1")
+        for name, allowed in (("bits", BITS), ("parts", PARTS), ("transform", TRANSFORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Frequency: {name}={getattr(self, name)!r}, allowed: {', '.join(map(str, allowed))}")
+
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        codec = FrequencyCodec(self.block, self.bits, self.parts, self.transform)
+        exact = (nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)
+        rules = {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in (nn.Conv2d, nn.BatchNorm2d)}
+        return rules | {layer: Replacement(getattr(layers, layer.__name__)) for layer in exact}
+
+    def functions(self) -> Mapping[str, Callable]:
+        return {"relu": layers.relu, "relu_": layers.relu_}
