@@ -1,16 +1,20 @@
-"""What element-wise and pooling layers need to remember: a bit per element, or an offset within a window.
+"""One bit per element: masks, and ReLU, which needs no more for its gradient.
 
-ReLU and Dropout: one bit says whether the gradient passes. Max-pooling: stock PyTorch keeps an int64 index per output (8 bytes)
-and the dense input; the offset of the maximum within its window says the same in one byte.
+Stock PyTorch keeps the output of ReLU, 4 bytes per element in fp32; whether it is above zero takes 1/8 byte and is exact.
+
+A packed mask lies in the memory order of its tensor where that is channels_last, in row-major order otherwise; whoever unpacks it says
+which (`channels_last`). The registered operations are told when packing too: compiled code may hand them a tensor in another memory
+format than the traced one, which the decision was taken from.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .bits import pack, pack8, packed_bytes, unpack, unpack8
+from .bits import pack, pack8, packed_bytes, unpack
 from .launch import tl, triton
 from .layout import dense, dense_as, is_channels_last
 
@@ -20,9 +24,9 @@ def pack_mask_reference(mask: Tensor) -> Tensor:
     return pack(mask.permute(0, 2, 3, 1) if is_channels_last(mask) else mask, bits=1)
 
 
-def unpack_mask_reference(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+def unpack_mask_reference(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     """The inverse: bool of `shape`, in the memory format of the packed mask."""
-    mask = unpack(packed, 1, shape.numel()) != 0  # a view as bool does not compile for the CPU in torch 2.14
+    mask = unpack(packed, 1, math.prod(shape)) != 0  # a view as bool does not compile for the CPU in torch 2.14
     if channels_last:
         n, c, h, w = shape
         return mask.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -30,51 +34,19 @@ def unpack_mask_reference(packed: Tensor, shape: torch.Size, channels_last: bool
 
 
 def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x of any shape -> (relu(x), packed mask of what is above zero). NaN passes forward, not backward, as in PyTorch."""
+    """x of any shape -> (relu(x), packed mask of what is above zero). NaN passes forward; PyTorch would let its gradient pass too."""
     y = x.relu()
     return y, pack_mask_reference(y > 0)
 
 
+def relu_inplace_reference(x: Tensor, channels_last: bool) -> Tensor:
+    """x becomes relu(x); returns the packed mask, in channels_last order or not."""
+    return pack_mask_reference(dense_as(x.relu_() > 0, channels_last))
+
+
 def relu_backward_reference(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
     """dx = dy where the mask is set, else 0."""
-    return dy.masked_fill(~unpack_mask_reference(packed, dy.shape, channels_last), 0)
-
-
-class Window(NamedTuple):
-    """Geometry of 2-d pooling, each a pair (rows, columns)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-
-def window_offset_reference(index: Tensor, width: int, window: Window) -> Tensor:
-    """Index of each maximum in its input map (int64 [N, C, h, w], row * width + column) -> offset in its window,
-    uint8 (int32 for windows of more than 256 elements)."""
-    top, left = _window_corner(index, window)
-    row = (index // width - top) // window.dilation[0]
-    column = (index % width - left) // window.dilation[1]
-    offset = row * window.kernel[1] + column
-    return offset.to(torch.uint8 if window.kernel[0] * window.kernel[1] <= 256 else torch.int32)
-
-
-def window_index_reference(offset: Tensor, width: int, window: Window) -> Tensor:
-    """The inverse: offset [N, C, h, w] -> int64 index in the input map."""
-    offset = offset.long()
-    top, left = _window_corner(offset, window)
-    return (
-        (top + offset // window.kernel[1] * window.dilation[0]) * width
-        + left
-        + offset % window.kernel[1] * window.dilation[1]
-    )
-
-
-def _window_corner(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Row [h, 1] and column [1, w] of the first input pixel of each window."""
-    top = torch.arange(x.shape[-2], device=x.device)[:, None] * window.stride[0] - window.padding[0]
-    left = torch.arange(x.shape[-1], device=x.device)[None, :] * window.stride[1] - window.padding[1]
-    return top, left
+    return torch.where(unpack_mask_reference(packed, dy.shape, channels_last), dy, 0)
 
 
 CONFIGS: tuple[launch.Config, ...] = (
@@ -85,59 +57,170 @@ CONFIGS: tuple[launch.Config, ...] = (
 
 
 @triton.jit
+def tile(count, GROUPS: tl.constexpr):
+    """This program's share of `count` elements: (its first group of eight, its elements [8 * GROUPS] counted from there, which of them
+    exist, its groups [GROUPS], which exist). Only the first is 64-bit."""
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    left = tl.minimum(count - first * 8, GROUPS * 8).to(tl.int32)
+    element, group = tl.arange(0, GROUPS * 8), tl.arange(0, GROUPS)
+    return first, element, element < left, group, group < (left + 7) // 8
+
+
+@triton.jit
+def load_mask(packed_ptr, element, exists):
+    """The bits of these elements as int32 0 or 1. Each thread loads the bytes it needs: those of neighbours come from the same line."""
+    packed = tl.load(packed_ptr + element // 8, mask=exists, other=0)
+    return (packed.to(tl.int32) >> (element % 8)) & 1
+
+
+@triton.jit
+def _pack(bits, GROUPS: tl.constexpr):
+    """0 or 1, [8 * GROUPS] -> uint8 [GROUPS]."""
+    return tl.reshape(pack8(tl.reshape(bits.to(tl.int32), [GROUPS, 8]), 1), [GROUPS])
+
+
+@triton.jit
+def _pack_mask_kernel(mask_ptr, packed_ptr, count, GROUPS: tl.constexpr):
+    first, element, exists, group, group_exists = tile(count, GROUPS)
+    mask = tl.load(mask_ptr + first * 8 + element, mask=exists, other=0)
+    tl.store(packed_ptr + first + group, _pack(mask, GROUPS), mask=group_exists)
+
+
+@triton.jit
+def _unpack_mask_kernel(packed_ptr, mask_ptr, count, GROUPS: tl.constexpr):
+    first, element, exists, _, _ = tile(count, GROUPS)
+    mask = load_mask(packed_ptr + first, element, exists)
+    tl.store(mask_ptr + first * 8 + element, mask.to(tl.uint8), mask=exists)
+
+
+@triton.jit
 def _relu_kernel(x_ptr, y_ptr, packed_ptr, count, GROUPS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    element = group[:, None] * 8 + tl.arange(0, 8)[None, :]  # [GROUPS, 8]
-    x = tl.load(x_ptr + element, mask=element < count, other=0.0)
-    tl.store(y_ptr + element, tl.where(x <= 0, 0.0, x), mask=element < count)  # NaN stays
-    packed = tl.reshape(pack8((x > 0).to(tl.int32), 1), [GROUPS])
-    tl.store(packed_ptr + group, packed, mask=group * 8 < count)
+    first, element, exists, group, group_exists = tile(count, GROUPS)
+    x = tl.load(x_ptr + first * 8 + element, mask=exists, other=0.0)
+    tl.store(y_ptr + first * 8 + element, tl.where(x <= 0, 0.0, x), mask=exists)  # NaN stays
+    tl.store(packed_ptr + first + group, _pack(x > 0, GROUPS), mask=group_exists)
 
 
 @triton.jit
 def _relu_backward_kernel(dy_ptr, packed_ptr, dx_ptr, count, GROUPS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    packed = tl.load(packed_ptr + group, mask=group * 8 < count, other=0)
-    dy = tl.load(dy_ptr + element, mask=element < count, other=0.0)
-    dx = tl.where(unpack8(packed[:, None], 1) != 0, dy, 0.0)
-    tl.store(dx_ptr + element, dx, mask=element < count)
+    first, element, exists, _, _ = tile(count, GROUPS)
+    keep = load_mask(packed_ptr + first, element, exists)
+    dy = tl.load(dy_ptr + first * 8 + element, mask=exists, other=0.0)
+    tl.store(dx_ptr + first * 8 + element, tl.where(keep != 0, dy, 0.0), mask=exists)
+
+
+def grid_of(x: Tensor, config: launch.Config) -> tuple[int]:
+    """One program for each `tile` of x."""
+    return (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
+
+
+def empty_packed(x: Tensor) -> Tensor:
+    """Room for the packed mask of x."""
+    return x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
+
+
+def _empty_mask(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=torch.bool, device=packed.device, memory_format=memory_format)
+
+
+def pack_mask_triton(mask: Tensor, config: launch.Config = CONFIGS[0]) -> Tensor:
+    """`pack_mask_reference` in one pass; equal bit for bit."""
+    mask = dense(mask)
+    packed = empty_packed(mask)
+    launch.run(_pack_mask_kernel, grid_of(mask, config), mask.view(torch.uint8), packed, mask.numel(), **config)
+    return packed
+
+
+def unpack_mask_triton(
+    packed: Tensor, shape: Sequence[int], channels_last: bool, config: launch.Config = CONFIGS[0]
+) -> Tensor:
+    """`unpack_mask_reference` in one pass; equal bit for bit."""
+    mask = _empty_mask(packed, shape, channels_last)
+    launch.run(_unpack_mask_kernel, grid_of(mask, config), packed, mask.view(torch.uint8), mask.numel(), **config)
+    return mask
 
 
 def relu_triton(x: Tensor, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
     """`relu_reference` in one pass; equal bit for bit."""
     x = dense(x)
-    y, packed = torch.empty_like(x), x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
-    grid = (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
-    launch.run(_relu_kernel, grid, x, y, packed, x.numel(), **config)
+    y, packed = torch.empty_like(x), empty_packed(x)
+    launch.run(_relu_kernel, grid_of(x, config), x, y, packed, x.numel(), **config)
     return y, packed
+
+
+def relu_inplace_triton(x: Tensor, channels_last: bool, config: launch.Config = CONFIGS[0]) -> Tensor:
+    """`relu_inplace_reference` in one pass; equal bit for bit. Other strides than `channels_last` says take a copy there and back."""
+    y, packed = dense_as(x, channels_last), empty_packed(x)
+    launch.run(_relu_kernel, grid_of(x, config), y, y, packed, x.numel(), **config)
+    if y is not x:
+        x.copy_(y)
+    return packed
 
 
 def relu_backward_triton(dy: Tensor, packed: Tensor, channels_last: bool, config: launch.Config = CONFIGS[0]) -> Tensor:
     """`relu_backward_reference` in one pass; equal bit for bit."""
     dy = dense_as(dy, channels_last)
     dx = torch.empty_like(dy)
-    grid = (triton.cdiv(dy.numel(), 8 * config["GROUPS"]),)
-    launch.run(_relu_backward_kernel, grid, dy, packed, dx, dy.numel(), **config)
+    launch.run(_relu_backward_kernel, grid_of(dy, config), dy, packed, dx, dy.numel(), **config)
     return dx
 
 
+@torch.library.custom_op("actpress::pack_mask", mutates_args=())
+def _pack_mask(mask: Tensor, channels_last: bool) -> Tensor:
+    return pack_mask_reference(dense_as(mask, channels_last))
+
+
+@_pack_mask.register_fake
+def _(mask: Tensor, channels_last: bool) -> Tensor:
+    return empty_packed(mask)
+
+
+launch.on_cuda(_pack_mask, lambda mask, channels_last: pack_mask_triton(dense_as(mask, channels_last)))
+
+
+@torch.library.custom_op("actpress::unpack_mask", mutates_args=())
+def _unpack_mask(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    return unpack_mask_reference(packed, shape, channels_last)
+
+
+@_unpack_mask.register_fake
+def _(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    return _empty_mask(packed, shape, channels_last)
+
+
+launch.on_cuda(_unpack_mask, unpack_mask_triton)
+
+
 @torch.library.custom_op("actpress::relu", mutates_args=())
-def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    return relu_reference(x)
+def _relu(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return relu_reference(dense_as(x, channels_last))
 
 
 @_relu.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense(x)), x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
+def _(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense_as(x, channels_last)), empty_packed(x)
 
 
-launch.on_cuda(_relu, relu_triton)
+launch.on_cuda(_relu, lambda x, channels_last: relu_triton(dense_as(x, channels_last)))
+
+
+@torch.library.custom_op("actpress::relu_", mutates_args=("x",))
+def _relu_inplace(x: Tensor, channels_last: bool) -> Tensor:
+    return relu_inplace_reference(x, channels_last)
+
+
+@_relu_inplace.register_fake
+def _(x: Tensor, channels_last: bool) -> Tensor:
+    return empty_packed(x)
+
+
+launch.on_cuda(_relu_inplace, relu_inplace_triton)
 
 
 @torch.library.custom_op("actpress::relu_backward", mutates_args=())
 def _relu_backward(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
-    return relu_backward_reference(dy, packed, channels_last)
+    return relu_backward_reference(dense_as(dy, channels_last), packed, channels_last)
 
 
 @_relu_backward.register_fake
@@ -148,36 +231,82 @@ def _(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
 launch.on_cuda(_relu_backward, relu_backward_triton)
 
 
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool of any shape and strides -> uint8 [ceil(numel / 8)], in memory order if channels_last, row-major otherwise."""
+    return _pack_mask(mask, is_channels_last(mask)) if launch.on_gpu(mask) else pack_mask_reference(mask)
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """The inverse of pack_mask: bool of `shape`, channels_last or contiguous."""
+    run = _unpack_mask if launch.on_gpu(packed) else unpack_mask_reference
+    return run(packed, shape, channels_last)
+
+
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """x of any shape, strides and floating dtype -> (relu(x), its mask, uint8 [ceil(numel / 8)], in y's memory order)."""
-    return _relu(x) if launch.on_gpu(x) else relu_reference(x)
+    return _relu(x, is_channels_last(x)) if launch.on_gpu(x) else relu_reference(x)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """x of any shape, strides and floating dtype becomes relu(x); returns its mask, uint8 [ceil(numel / 8)], in x's memory order if
+    x is channels_last, row-major otherwise."""
+    run = _relu_inplace if launch.on_gpu(x) else relu_inplace_reference
+    return run(x, is_channels_last(x))
 
 
 def relu_backward(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
     """dy of any strides, the packed mask and whether it lies in channels_last order -> dx."""
-    return (
-        _relu_backward(dy, packed, channels_last)
-        if launch.on_gpu(dy)
-        else relu_backward_reference(dy, packed, channels_last)
-    )
+    run = _relu_backward if launch.on_gpu(dy) else relu_backward_reference
+    return run(dy, packed, channels_last)
 
 
 def cases() -> list[launch.Case]:
-    """A ResNet-50 activation at batch 64: 64 x 256 x 56 x 56."""
+    """ReLU on a ResNet-50 activation at batch 64, 64 x 256 x 56 x 56; a mask of the hidden layer of ViT-B at batch 256."""
 
-    def make(dtype: torch.dtype, device: str) -> tuple[Tensor]:
-        return (torch.randn(64, 256, 56, 56, dtype=dtype, device=device),)
+    def inputs(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensor]]:
+        return lambda dtype, device: (torch.randn(shape, dtype=dtype, device=device),)
 
-    def make_backward(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, bool]:
-        (dy,) = make(dtype, device)
-        return dy, torch.randint(256, (packed_bytes(dy.numel(), 1),), dtype=torch.uint8, device=device), False
+    def inputs_inplace(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensor, bool]]:
+        return lambda dtype, device: (torch.randn(shape, dtype=dtype, device=device), False)
 
-    def bytes_of(x: Tensor, *rest: object) -> int:
+    def inputs_backward(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensor, Tensor, bool]]:
+        return lambda dtype, device: (torch.randn(shape, dtype=dtype, device=device), bytes_for(shape, device), False)
+
+    def mask(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensor]]:
+        return lambda dtype, device: (torch.randint(2, shape, device=device).to(dtype),)
+
+    def packed(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensor, tuple[int, ...], bool]]:
+        return lambda dtype, device: (bytes_for(shape, device), shape, False)
+
+    def bytes_for(shape: tuple[int, ...], device: str) -> Tensor:
+        return torch.randint(256, (packed_bytes(math.prod(shape), 1),), dtype=torch.uint8, device=device)
+
+    def moved(x: Tensor, *rest: object) -> int:
         return 2 * launch.nbytes(x) + packed_bytes(x.numel(), 1)
 
+    def moved_mask(mask: Tensor) -> int:
+        return mask.numel() + packed_bytes(mask.numel(), 1)
+
+    def moved_packed(packed: Tensor, shape: tuple[int, ...], channels_last: bool) -> int:
+        return launch.nbytes(packed) + math.prod(shape)
+
+    def case(name: str, make: Callable, kernel: Callable, reference: Callable, bytes_: Callable, **more) -> launch.Case:
+        tiny = make(3, 5, 7, 9)
+        return launch.Case(name, make(*more.pop("size")), kernel, reference, bytes_, bytes_, CONFIGS, tiny=tiny, **more)
+
+    resnet, vit, bools = (64, 256, 56, 56), (256, 197, 3072), (torch.bool,)
     return [
-        launch.Case("relu", make, relu_triton, relu_reference, bytes_of, bytes_of, CONFIGS, stock=torch.relu),
-        launch.Case(
-            "relu_backward", make_backward, relu_backward_triton, relu_backward_reference, bytes_of, bytes_of, CONFIGS
+        case("relu", inputs, relu_triton, relu_reference, moved, size=resnet, stock=torch.relu),
+        case(
+            "relu_",
+            inputs_inplace,
+            relu_inplace_triton,
+            relu_inplace_reference,
+            moved,
+            size=resnet,
+            stock=lambda x, _: x.relu_(),
         ),
+        case("relu_backward", inputs_backward, relu_backward_triton, relu_backward_reference, moved, size=resnet),
+        case("pack_mask", mask, pack_mask_triton, pack_mask_reference, moved_mask, size=vit, dtypes=bools),
+        case("unpack_mask", packed, unpack_mask_triton, unpack_mask_reference, moved_packed, size=vit, dtypes=bools),
     ]

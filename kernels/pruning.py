@@ -110,23 +110,32 @@ def sample_reference(probability: Tensor, kept: int, noise: Tensor) -> Tensor:
     return torch.minimum(index, probability.numel() - kept + ranks)
 
 
+def select_reference(scores: Tensor, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The blocks to keep: ascending positions, int64 [kept], of the highest scores, or, given noise [1] in [0, 1), of a sample.
+
+    A sample comes with the factor 1 / p of each, in scores' dtype [kept].
+    """
+    if noise is None or kept == scores.numel():
+        return topk_reference(scores, kept), None
+    probability = inclusion_reference(scores, kept)
+    index = sample_reference(probability, kept, noise)
+    p = probability[index]
+    return index, torch.where(p == 0, 0.0, 1 / p).to(scores.dtype)  # p = 0: a block of zeros
+
+
+def take_reference(x_RC: Tensor, grid: Grid, index: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The blocks of x_RC at positions [K], padded with zeros, each times its weight [K], if given -> [K, bh, bw] in x's dtype."""
+    return _take(_cut(x_RC, grid), index.long(), weight)
+
+
 def encode_reference(x_RC: Tensor, grid: Grid, kept: int, noise: Tensor | None = None) -> Blocks:
     """x_RC (fp64, fp32, fp16 or bf16, any strides) -> its `kept` blocks: the highest scores, or, given noise [1] in [0, 1), a sample.
 
     Temporary memory: one padded copy of x_RC where blocks do not divide it, sorting space for the n scores.
     """
     blocks = _cut(x_RC, grid)
-    scores = _scores(blocks)
-    if noise is None or kept == scores.numel():
-        index = topk_reference(scores, kept)
-        values = _take(blocks, index)
-    else:
-        probability = inclusion_reference(scores, kept)
-        index = sample_reference(probability, kept, noise)
-        p = probability[index]
-        weight = torch.where(p == 0, 0.0, 1 / p).to(compute_dtype(x_RC.dtype))  # p = 0: a block of zeros
-        values = (_take(blocks, index) * weight[:, None, None]).to(x_RC.dtype)
-    return Blocks(values, index.to(torch.int32))
+    index, weight = select_reference(_scores(blocks), kept, noise)
+    return Blocks(_take(blocks, index, weight), index.to(torch.int32))
 
 
 def decode_reference(blocks: Blocks, grid: Grid) -> Tensor:
@@ -181,9 +190,10 @@ def _cut(x_RC: Tensor, grid: Grid) -> Tensor:
     return padded.unflatten(0, (grid.down, grid.height)).unflatten(2, (grid.across, grid.width))
 
 
-def _take(blocks: Tensor, index: Tensor) -> Tensor:
-    """The blocks of [down, bh, across, bw] at int64 positions [K] -> [K, bh, bw]."""
-    return blocks.transpose(1, 2)[index // blocks.shape[2], index % blocks.shape[2]]
+def _take(blocks: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The blocks of [down, bh, across, bw] at int64 positions [K], times weight [K] -> [K, bh, bw]."""
+    taken = blocks.transpose(1, 2)[index // blocks.shape[2], index % blocks.shape[2]]
+    return taken if weight is None else (taken * weight[:, None, None]).to(taken.dtype)
 
 
 def _scores(blocks: Tensor) -> Tensor:

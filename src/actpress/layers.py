@@ -18,14 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from actpress.codec import Codec, Context, Conv, convolution_backward, keep
+from actpress.kernels import dropout, masks, max_pool
 from actpress.kernels.layout import is_channels_last
-from actpress.kernels.masks import (
-    Window,
-    pack_mask_reference,
-    unpack_mask_reference,
-    window_index_reference,
-    window_offset_reference,
-)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -218,17 +212,18 @@ class _ReLU(Function):
     def forward(ctx, x, inplace):
         if inplace:
             ctx.mark_dirty(x)
-        y = x.relu_() if inplace else x.relu()
-        mask = y > 0
-        ctx.channels_last = is_channels_last(mask)
-        ctx.save_for_backward(pack_mask_reference(mask))
+            y, packed = x, masks.relu_(x)
+        else:
+            y, packed = masks.relu(x)
+        ctx.channels_last = is_channels_last(y)
+        ctx.save_for_backward(packed)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (packed,) = ctx.saved_tensors
-        return dy * unpack_mask_reference(packed, dy.shape, ctx.channels_last), None
+        return masks.relu_backward(dy, packed, ctx.channels_last), None
 
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -261,15 +256,14 @@ class _Dropout(Function):
             mask = scale != 0
             y = x * scale.div_(1 - p)
         ctx.channels_last = is_channels_last(mask)
-        ctx.save_for_backward(pack_mask_reference(mask))
+        ctx.save_for_backward(masks.pack_mask(mask))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (packed,) = ctx.saved_tensors
-        mask = unpack_mask_reference(packed, dy.shape, ctx.channels_last)
-        return dy * mask.to(dy.dtype).div_(1 - ctx.p), None
+        return dropout.dropout_backward(dy, packed, ctx.p, ctx.channels_last), None
 
 
 class Dropout(nn.Dropout):
@@ -283,18 +277,16 @@ class Dropout(nn.Dropout):
 class _MaxPool2d(Function):
     @staticmethod
     def forward(ctx, x_NCHW, window, ceil_mode):
-        y, idx = F.max_pool2d(x_NCHW, *window, ceil_mode, return_indices=True)
-        ctx.window, ctx.ceil_mode, ctx.shape = window, ceil_mode, x_NCHW.shape
-        ctx.save_for_backward(window_offset_reference(idx, x_NCHW.shape[-1], window))
+        y, offset = max_pool.max_pool2d(x_NCHW, window, ceil_mode)
+        ctx.window, ctx.shape, ctx.channels_last = window, x_NCHW.shape, is_channels_last(x_NCHW)
+        ctx.save_for_backward(offset)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NCHW):
         (offset,) = ctx.saved_tensors
-        idx = window_index_reference(offset, ctx.shape[-1], ctx.window)
-        x = shape_only(dy_NCHW, ctx.shape)
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy_NCHW, x, *ctx.window, ctx.ceil_mode, idx), None, None
+        return max_pool.max_pool2d_backward(dy_NCHW, offset, ctx.shape, ctx.window, ctx.channels_last), None, None
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -303,7 +295,7 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not needs_grad(x_NCHW) or self.return_indices:
             return super().forward(x_NCHW)
-        window = Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation))
+        window = max_pool.Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation))
         return _MaxPool2d.apply(x_NCHW, window, self.ceil_mode)
 
 

@@ -8,7 +8,7 @@ keep the blocks of it with the largest mean |x| and forget the rest:
 
 Forward, dX = dY W and db are exact. dW = dY^T x~ is approximate, x~ being the kept blocks alone: it is computed from them and costs
 (1 - sparsity) of the dense product. select="topk" keeps the largest blocks as they are, a biased dW with a small error; select="sample"
-draws blocks with probability p ~ mean |x| and keeps block / p: E[dW] is exact, its variance is larger. The code is in kernels/pruning.py.
+draws blocks with probability p ~ mean |x| and keeps block / p: E[dW] is exact, its variance is larger. The code is in kernels/pruning*.py.
 
 Choices of ours, where the paper's body was not available: the score (mean |x|), one number of blocks per tensor and step (so bytes are
 fixed), int32 positions, blocks cut to tensors smaller than they are, and a tensor whose code would be no smaller stays dense. As in
@@ -23,16 +23,9 @@ from torch import Tensor, nn
 
 from actpress import layers
 from actpress.codec import Codec, Context, Like
-from actpress.kernels.pruning import (
-    SELECT,
-    Blocks,
-    block_grid,
-    code_bytes,
-    decode_reference,
-    encode_reference,
-    kept_blocks,
-    weight_grad_reference,
-)
+from actpress.kernels.pruning import SELECT, Blocks, block_grid, code_bytes, kept_blocks
+from actpress.kernels.pruning_product import weight_grad
+from actpress.kernels.pruning_triton import decode, encode
 from actpress.swap import Method, Replacement
 
 HEAD = ("head", "head.*", "heads.*", "head_dist", "fc", "classifier", "classifier.*")
@@ -57,17 +50,17 @@ class BlockPruningCodec(Codec):
         if code_bytes(grid, self.sparsity, x.itemsize) >= x.numel() * x.itemsize:
             return (x,)
         noise = context.uniform_like(x.new_empty(1)) if self.select == "sample" else None
-        return encode_reference(x.reshape(-1, x.shape[-1]), grid, kept_blocks(grid, self.sparsity), noise)
+        return encode(x, grid, kept_blocks(grid, self.sparsity), noise)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
             return kept[0]
-        return decode_reference(Blocks(*kept), block_grid(like.shape, self.block)).reshape(like.shape)
+        return decode(Blocks(*kept), block_grid(like.shape, self.block)).reshape(like.shape)
 
     def linear_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor) -> Tensor:
         if len(kept) == 1:
             return super().linear_weight_grad(kept, like, dy)
-        return weight_grad_reference(Blocks(*kept), dy.reshape(-1, dy.shape[-1]), block_grid(like.shape, self.block))
+        return weight_grad(Blocks(*kept), dy, block_grid(like.shape, self.block))
 
 
 @dataclass(frozen=True)
