@@ -23,14 +23,24 @@ align="authors": the official floor mode. Whole blocks only, so the pixels past 
 resizing spreads the means over the map, which misplaces them when k does not divide the size.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import division_triton as kernels
+from . import launch
 from .bits import pack, packed_bytes, unpack
-from .layout import is_channels_last
+from .division_triton import Plan
+from .launch import triton
+from .layout import dense, dense_as, is_channels_last
+from .masks import unpack_mask_reference
+from .noise import Source, uniform_from, uniform_reference
 
 ALIGN = ("ceil", "authors")
 LFC = ("auto", "always")
@@ -85,6 +95,7 @@ def encode_reference(
 def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """((hfc - low) / step, low, step) per map."""
     low = _bf16_floor(hfc.amin((2, 3), keepdim=True))
+    levels = hfc.new_full((), levels)  # by a Python number, CUDA multiplies with its inverse
     step = -_bf16_floor((low.to(hfc.dtype) - hfc.amax((2, 3), keepdim=True)) / levels)
     inverse = torch.where(step > 0, 1 / step.to(hfc.dtype), 0)
     return (hfc - low.to(hfc.dtype)).mul_(inverse), low, step
@@ -104,14 +115,17 @@ def decode_reference(
     kernel: tuple[int, int],
     bits: int,
     align: str,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor."""
+    """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor. Zero where `mask`, packed in that
+    memory's order (masks.py), is 0."""
     n, c, h, w = shape
     compute = _compute_dtype(dtype)
     codes = unpack(code.codes, bits, n * c * h * w).to(compute)
     x = codes.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else codes.view(n, c, h, w)
     x = x.mul_(code.step.to(compute)).add_(code.low.to(compute))
-    return x.add_(_upsample(code.lfc.to(compute), (h, w), kernel, align)).to(dtype)
+    x = x.add_(_upsample(code.lfc.to(compute), (h, w), kernel, align)).to(dtype)
+    return x if mask is None else x.masked_fill_(~unpack_mask_reference(mask, shape, channels_last), 0)
 
 
 def _upsample(lfc: Tensor, size: tuple[int, int], kernel: tuple[int, int], align: str) -> Tensor:
@@ -133,3 +147,355 @@ def _bf16_floor(x: Tensor) -> Tensor:
     bits = x.float().view(torch.int32)
     bits = torch.where(bits < 0, bits + 0xFFFF, bits)  # negative: away from zero
     return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+ENCODE_CONFIGS: tuple[launch.Config, ...] = (  # LANES: elements that a program takes at a time
+    {"LANES": 4096, "num_warps": 2},
+    {"LANES": 4096, "num_warps": 4},
+    {"LANES": 8192, "num_warps": 4},
+)
+DECODE_CONFIGS: tuple[launch.Config, ...] = (  # THREADS: who write 16 bytes each
+    {"THREADS": 512, "num_warps": 4},
+    {"THREADS": 256, "num_warps": 4},
+    {"THREADS": 1024, "num_warps": 8},
+)
+TALLEST = 16  # rows of a block that a thread may hold
+LARGEST = 16384  # elements of a tile
+CACHED = 48 * 1024  # bytes of a program's maps from which on it gets more threads, so that fewer programs share a cache
+FEW = 256  # programs, or less, leave most of a GPU idle
+PARTS = 256  # that a map is cut into, at most
+
+
+class Way(NamedTuple):
+    """How a tensor is encoded."""
+
+    plan: Plan
+    outers: int
+    programs: int  # shares of maps
+    warps: int
+    parts: int  # 0: one program for a map, one kernel for all
+
+
+def _plan(shape: Sequence[int], channels_last: bool, kernel: Sequence[int], bits: int, align: str) -> tuple[Plan, int]:
+    """Shape of maps and blocks as kernels see them, and the number of outers."""
+    n, c, h, w = shape
+    hb, wb = blocks(h, kernel[0], align), blocks(w, kernel[1], align)
+    if not hb * wb:
+        raise ValueError(
+            f"kernel={tuple(kernel)}; allowed for maps of {h} x {w} with align={align!r}: up to their size"
+        )
+    channels, outers = (c, n) if channels_last else (1, n * c)
+    whole = math.prod(shape) % 8 == 0
+    return Plan(h, w, channels, kernel[0], kernel[1], hb, wb, align == "authors", bits, whole), outers
+
+
+def _way(x: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str, config: launch.Config) -> Way:
+    plan, outers = _plan(x.shape, is_channels_last(x), kernel, bits, align)
+    lanes, warps, fill = config["LANES"], config["num_warps"], 8 // math.gcd(8, plan.pixels)
+    plan = replace(plan, auto=lfc == "auto" and plan.means > 1)
+    block = plan.kh * plan.columns  # lanes of a block
+    known = align != "ceil" or plan.kh > TALLEST or block > LARGEST
+    if known:
+        plan, block = replace(plan, known=True), 1
+    count = triton.next_power_of_2(plan.pixels if known else plan.means)
+    if plan.channels > 1:
+        fitting = 2**16 // (plan.pixels * x.itemsize)
+        maps = min(max(_power(fitting), 32 // x.itemsize), 64, triton.next_power_of_2(plan.channels))
+        if maps * plan.pixels * x.itemsize > CACHED:
+            lanes, warps = 2 * lanes, 2 * warps
+        codes, warps = plan.channels % 8 == 0, 2 * warps  # a thread holds several maps: fewer elements of each
+    else:
+        maps = min(max(_power(lanes // (block * count)), fill), triton.next_power_of_2(max(outers, 1)))
+        codes = not known and (maps * block * count <= LARGEST or fill == 1)
+        if maps * block * count > LARGEST:
+            maps = 1
+        more = min(max(maps * block * count, lanes), LARGEST) // lanes
+        lanes, warps = lanes * more, warps * more
+    tile = min(count, max(_power(lanes // (maps * block)), 1))
+    plan = replace(plan, maps=maps, tile=tile, codes=codes, threads=32 * warps)
+    programs = outers * triton.cdiv(plan.channels, maps) if plan.channels > 1 else triton.cdiv(outers, maps)
+    if not known and (programs > FEW or plan.tiles * tile * maps * block <= 2 * LARGEST):
+        return Way(plan, outers, programs, warps, 0)
+    tile = min(count, max(_power(config["LANES"] // (maps * block)), 1))
+    plan = replace(plan, tile=tile, codes=False)
+    parts = max(min(PARTS, plan.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
+    parts = triton.cdiv(plan.tiles, triton.cdiv(plan.tiles, parts))  # none of them empty
+    return Way(plan, outers, programs, 2 * config["num_warps"], parts)
+
+
+def _power(n: int) -> int:
+    """The largest power of two not above n, 0 for 0."""
+    return 1 << n.bit_length() - 1 if n > 0 else 0
+
+
+def _in_order(plan: Plan, outers: int, threads: int, lanes: int) -> tuple[Plan, tuple[int]]:
+    """For kernels that go over memory in order, `lanes` elements a thread: the plan and the grid."""
+    chunk, item = threads * lanes, plan.pixels * plan.channels
+    fill = 8 // math.gcd(8, item)
+    units = fill * min(triton.cdiv(16 * chunk, fill * item), max(triton.cdiv(outers, fill), 1))
+    plan = replace(plan, units=units, chunks=triton.cdiv(units * item, chunk), threads=threads)
+    return plan, (outers // units * plan.chunks + triton.cdiv(outers % units * item, chunk),)
+
+
+def _empty_code(x: Tensor, kernel: Sequence[int], bits: int, align: str) -> Code:
+    n, c, h, w = x.shape
+    hb, wb = blocks(h, kernel[0], align), blocks(w, kernel[1], align)
+    return Code(
+        _empty((n, c, hb, wb), torch.bfloat16, is_channels_last(x), x.device),
+        x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8),
+        *(x.new_empty((n, c, 1, 1), dtype=torch.bfloat16) for _ in range(2)),
+    )
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: torch.device) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=_layout(channels_last))
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def encode_triton(
+    x: Tensor,
+    seed: Tensor,
+    kernel: Sequence[int],
+    bits: int,
+    align: str,
+    lfc: str,
+    config: launch.Config = ENCODE_CONFIGS[0],
+) -> Code:
+    """`encode_reference` with the noise of noise.py, elements numbered in memory order. seed: int64 [1].
+
+    Read once as long as a program's maps fit in its caches. Maps so large that there are few of them are cut into parts and read once
+    for extremes, with lfc="auto" once for errors, and once for codes; so are maps of blocks of more than 16 rows and align="authors", whose
+    means take one read more.
+
+    Differs in the order of sums. Means may round to a neighbouring bf16; lfc="auto" may choose the other way for maps whose two
+    errors agree to about 1e-5; given the means and the choice, low, step and codes are equal bit for bit. Maps whose block means overflow
+    fp32 or that hold infinities are NaN throughout, where the reference has an infinite step, which decodes to the same.
+    """
+    x = dense(x)
+    code = _empty_code(x, kernel, bits, align)
+    lfc_, low, step = (t.view(torch.int16) for t in (code.lfc, code.low, code.step))
+    inverse = torch.empty(low.shape, dtype=torch.float32, device=x.device)
+    way = _way(x, kernel, bits, align, lfc, config)
+    plan, outers, programs, parts = way.plan, way.outers, way.programs, way.parts
+    options = {"P": plan, "num_warps": way.warps, "fp_fusion": False}
+    if parts == 0:
+        arguments = (x, seed, lfc_, code.codes, low, step, inverse, outers)
+        launch.run(kernels.encode_kernel, (programs,), *arguments, **options)
+        if plan.codes:
+            return code
+    else:
+        if plan.known:
+            area = min(triton.next_power_of_2(plan.kh * plan.kw), max(config["LANES"] // plan.maps, 1))
+            tile = min(triton.next_power_of_2(plan.means), max(config["LANES"] // (plan.maps * area), 1))
+            how = replace(plan, known=False, tile=tile)
+            launch.run(
+                kernels.means_kernel, (programs * how.tiles,), x, lfc_, outers, **{**options, "P": how}, LANES=area
+            )
+        partials = torch.empty(4 if plan.auto else 2, low.numel(), parts, dtype=torch.float32, device=x.device)
+        errors = torch.empty(2 if plan.auto else 0, low.numel(), parts, dtype=torch.float32, device=x.device)
+        grid, cut = (programs * parts,), (outers, parts, triton.cdiv(plan.tiles, parts))
+        lanes = triton.next_power_of_2(parts)
+        launch.run(kernels.partials_kernel, grid, x, lfc_, partials, *cut, **options)
+        if plan.auto:
+            launch.run(kernels.errors_kernel, grid, x, lfc_, partials, errors, *cut, **options, PARTS=lanes)
+        arguments = (lfc_, low, step, inverse, partials, errors, outers, parts)
+        how = replace(plan, known=False, tile=min(plan.tile, triton.next_power_of_2(plan.means)))
+        launch.run(kernels.finish_kernel, (programs,), *arguments, **{**options, "P": how}, PARTS=lanes)
+    plan, grid = _in_order(plan, outers, config["LANES"] // 8, 8)
+    launch.run(kernels.codes_kernel, grid, x, seed, lfc_, code.codes, low, inverse, outers, **{**options, "P": plan})
+    return code
+
+
+def decode_triton(
+    code: Code,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    kernel: Sequence[int],
+    bits: int,
+    align: str,
+    mask: Tensor | None = None,
+    config: launch.Config = DECODE_CONFIGS[0],
+) -> Tensor:
+    """`decode_reference` in one pass; equal bit for bit."""
+    x = _empty(shape, dtype, channels_last, code.codes.device)
+    lfc = dense_as(code.lfc, channels_last)
+    plan, outers = _plan(shape, channels_last and is_channels_last(x), kernel, bits, align)
+    lanes = 16 // x.itemsize
+    plan, grid = _in_order(plan, outers, config["THREADS"], lanes)
+    arguments = (lfc.view(torch.int16), code.codes, code.low.view(torch.int16), code.step.view(torch.int16), mask, x)
+    launch.run(
+        kernels.decode_kernel,
+        grid,
+        *arguments,
+        outers,
+        P=plan,
+        LANES=lanes,
+        num_warps=config["num_warps"],
+        fp_fusion=False,
+    )
+    return x
+
+
+@torch.library.custom_op("actpress::division_encode", mutates_args=())
+def _encode(
+    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = dense(x)
+    return tuple(encode_reference(x, uniform_from(seed, x), kernel, bits, align, lfc))
+
+
+@_encode.register_fake
+def _(
+    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_empty_code(dense(x), kernel, bits, align))
+
+
+launch.on_cuda(_encode, lambda *arguments: tuple(encode_triton(*arguments)))
+
+
+@torch.library.custom_op("actpress::division_decode", mutates_args=())
+def _decode(
+    lfc: Tensor,
+    codes: Tensor,
+    low: Tensor,
+    step: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    kernel: Sequence[int],
+    bits: int,
+    align: str,
+    mask: Tensor | None,
+) -> Tensor:
+    code = Code(lfc, codes, low, step)
+    return decode_reference(code, torch.Size(shape), dtype, channels_last, kernel, bits, align, mask)
+
+
+@_decode.register_fake
+def _(
+    lfc: Tensor,
+    codes: Tensor,
+    low: Tensor,
+    step: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    *_,
+) -> Tensor:
+    return _empty(shape, dtype, channels_last, codes.device)
+
+
+@_decode.register_kernel("cuda")
+def _(lfc: Tensor, codes: Tensor, low: Tensor, step: Tensor, shape: Sequence[int], dtype: torch.dtype, *rest) -> Tensor:
+    decoder = decode_reference if dtype == torch.float64 else decode_triton
+    return decoder(Code(lfc, codes, low, step), torch.Size(shape), dtype, *rest)
+
+
+def encode(x: Tensor, source: Source, kernel: Sequence[int], bits: int, align: str, lfc: str) -> Code:
+    """x [N, C, H, W] of any strides and floating dtype -> Code, with noise from `source`. kernel: rows and columns of a block."""
+    if launch.on_gpu(x):
+        return Code(*_encode(x, source.seed_for(x), kernel, bits, align, lfc))
+    return encode_reference(x, source.uniform_like(x), kernel, bits, align, lfc)
+
+
+def decode(
+    code: Code,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    channels_last: bool,
+    kernel: Sequence[int],
+    bits: int,
+    align: str,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The inverse: x~ of `shape` and `dtype`, in channels_last or row-major order; zero where the packed mask, if any, is 0."""
+    if launch.on_gpu(code.codes) and dtype != torch.float64:
+        return _decode(*code, shape, dtype, channels_last, kernel, bits, align, mask)
+    return decode_reference(code, shape, dtype, channels_last, kernel, bits, align, mask)
+
+
+def _case_reference(x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str) -> Code:
+    """What `encode_triton` computes: its noise lies in memory order."""
+    shape = (x.shape[0], *x.shape[2:], x.shape[1]) if is_channels_last(x) else x.shape
+    noise = uniform_reference(int(seed), x.numel()).view(shape).to(x.device)
+    return encode_reference(x, noise.permute(0, 3, 1, 2) if is_channels_last(x) else noise, kernel, bits, align, lfc)
+
+
+def _case_input(shape: Sequence[int], channels_last: bool, dtype: torch.dtype, device: str) -> Tensor:
+    """Maps after a ReLU and smooth ones in turn, each clearly better one way, of multiples of 1/64, whose sums are exact."""
+    n, c, h, w = shape
+    x, coarse = (
+        torch.randn(shape, device=device),
+        torch.randn(n, c, blocks(h, 8, "ceil"), blocks(w, 8, "ceil"), device=device),
+    )
+    smooth = torch.arange(n * c, device=device).view(n, c, 1, 1) % 2 == 1
+    x = torch.where(smooth, x + 8 * _upsample(coarse, (h, w), (8, 8), "ceil"), x.relu())
+    return (x * 64).round_().div_(64).to(dtype).contiguous(memory_format=_layout(channels_last))
+
+
+def _encode_floor(x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, *_: object) -> int:
+    return launch.nbytes(x) + code_bytes(x.shape, kernel, bits, align)
+
+
+def _encode_moved(x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str) -> int:
+    """The floor, scratch memory, the seed, and x as often as kernels read it; code parameters that several programs read come from a
+    cache."""
+    way = _way(x, kernel, bits, align, lfc, ENCODE_CONFIGS[0])
+    maps = x.shape[0] * x.shape[1]
+    once = _encode_floor(x, seed, kernel, bits, align) + 4 * maps  # inverse steps
+    if way.parts == 0:
+        return once + 8 * way.programs
+    return once + launch.nbytes(x) * (2 if way.plan.auto else 1)
+
+
+def _decode_floor(code: Code, shape: torch.Size, dtype: torch.dtype, *_: object) -> int:
+    return launch.nbytes(*code) + math.prod(shape) * dtype.itemsize
+
+
+def cases() -> list[launch.Case]:
+    """Activations of ResNet-50 and of ViT-B, tokens as maps."""
+    kinds = {  # shape, a tiny one, channels_last, block, bits, lfc
+        "56": ((64, 256, 56, 56), (2, 3, 24, 24), False, (8, 8), 2, "auto"),
+        "56_always": ((64, 256, 56, 56), (2, 3, 24, 24), False, (8, 8), 2, "always"),
+        "56_1bit": ((64, 256, 56, 56), (2, 3, 16, 16), False, (8, 8), 1, "auto"),
+        "56_4bit": ((64, 256, 56, 56), (2, 3, 16, 16), False, (8, 8), 4, "auto"),
+        "56_8bit": ((64, 256, 56, 56), (2, 3, 16, 16), False, (8, 8), 8, "auto"),
+        "112": ((64, 64, 112, 112), (1, 1, 112, 112), False, (8, 8), 2, "auto"),
+        "28": ((64, 512, 28, 28), (2, 3, 28, 28), False, (8, 8), 2, "auto"),
+        "14": ((256, 1024, 14, 14), (3, 5, 14, 14), False, (8, 8), 2, "auto"),
+        "7": ((512, 2048, 7, 7), (9, 3, 7, 7), False, (7, 7), 2, "auto"),
+        "channels_last": ((64, 256, 56, 56), (2, 24, 12, 12), True, (8, 8), 2, "auto"),
+        "tokens": ((64, 1, 197, 3072), (1, 1, 197, 192), False, (8, 1), 2, "auto"),
+    }
+
+    def encoded(shape: tuple, channels_last: bool, how: tuple, dtype: torch.dtype, device: str) -> tuple:
+        kernel, bits, lfc = how
+        x = _case_input(shape, channels_last, dtype, device)
+        return x, torch.full((1,), 2**40 + 1, device=device), kernel, bits, "ceil", lfc
+
+    def decoded(shape: tuple, channels_last: bool, how: tuple, dtype: torch.dtype, device: str) -> tuple:
+        kernel, bits, _ = how
+        code = _empty_code(_empty(shape, dtype, channels_last, torch.device(device)), kernel, bits, "ceil")
+        code = Code(code.lfc.normal_(), code.codes.random_(256), code.low.normal_(), code.step.uniform_())
+        return code, torch.Size(shape), dtype, channels_last, kernel, bits, "ceil"
+
+    operations = {
+        "encode": (encoded, encode_triton, _case_reference, _encode_moved, _encode_floor, ENCODE_CONFIGS),
+        "decode": (decoded, decode_triton, decode_reference, _decode_floor, _decode_floor, DECODE_CONFIGS),
+    }
+    return [
+        launch.Case(
+            f"division_{operation}_{kind}",
+            partial(inputs, shape, channels_last, how),
+            *rest,
+            tiny=partial(inputs, tiny, channels_last, how),
+        )
+        for kind, (shape, tiny, channels_last, *how) in kinds.items()
+        for operation, (inputs, *rest) in operations.items()
+        if operation == "encode" or "always" not in kind
+    ]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
-from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode_reference, encode_reference
+from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
 from actpress.swap import Method, Replacement
 
 
@@ -59,14 +59,14 @@ class DivisionCodec(Codec):
         kernel = self._kernel(maps.shape)
         if code_bytes(maps.shape, kernel, self.bits, self.align) >= x.numel() * x.itemsize:
             return (x,)
-        return encode_reference(maps, context.uniform_like(maps), kernel, self.bits, self.align, self.lfc)
+        return encode(maps, context, kernel, self.bits, self.align, self.lfc)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
             return kept[0]
         shape = self._as_maps(torch.empty(like.shape, device="meta")).shape
         kernel = self._kernel(shape)
-        maps = decode_reference(Code(*kept), shape, like.dtype, like.channels_last, kernel, self.bits, self.align)
+        maps = decode(Code(*kept), shape, like.dtype, like.channels_last, kernel, self.bits, self.align)
         return maps.reshape(like.shape)
 
     def _as_maps(self, x: Tensor) -> Tensor:
