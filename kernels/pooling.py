@@ -6,6 +6,7 @@
 
 The upsampled map is never built: tap (a, b) of the kernel meets pixel (stride * row + dilation * a - padding) of x~, so dY, summed over
 the rows and columns that meet the same block, is all a matrix product with p(x) needs. Exact against x~, with k^2 fewer FLOPs.
+The weight gradient's kernel is in pooled_convolution.py.
 
 align="ceil": block of pixel h is h // k; a last, smaller block holds the mean of what it covers.
 align="authors": the official code's floor mode. Only whole blocks are pooled, from the top left; upsampled, they are padded with zeros at
@@ -19,6 +20,10 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import launch
+from .launch import tl, triton
+from .layout import dense, is_channels_last
 
 ALIGN = ("ceil", "authors")
 
@@ -62,7 +67,7 @@ def conv2d_weight_grad_reference(
     kernel = tuple(weight_shape[2:])
     met = [  # for each axis and tap: the block that each output position meets, -1 for none
         [
-            _block_met(
+            blocks_met(
                 dy.shape[2 + axis],
                 size[axis],
                 tap,
@@ -93,7 +98,7 @@ def block_of(pixel: Tensor, length: int, block: int, align: str) -> Tensor:
     return torch.where(inside, (pixel - shift) // block, -1)
 
 
-def _block_met(
+def blocks_met(
     outputs: int,
     length: int,
     tap: int,
@@ -114,3 +119,153 @@ def _sum_into(x: Tensor, axis: int, index: Tensor, count: int) -> Tensor:
     shape[axis] = count + 1  # the last place takes what is dropped
     index = torch.where(index < 0, count, index)
     return x.new_zeros(shape).index_add_(axis, index, x).narrow(axis, 0, count)
+
+
+CONFIGS: tuple[launch.Config, ...] = (
+    {"ELEMENTS": 1024, "num_warps": 4},
+    {"ELEMENTS": 2048, "num_warps": 4},
+    {"ELEMENTS": 4096, "num_warps": 8},
+)
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr,
+    y_ptr,
+    outputs,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    INNER: tl.constexpr,  # channels that lie next to each other: all of channels_last maps, 1 of NCHW maps
+    ROWS: tl.constexpr,  # of a block
+    COLUMNS: tl.constexpr,
+    SIDE: tl.constexpr,  # lanes per output: the columns of a block next to each other in memory, filled up to a power of 2
+    CELLS: tl.constexpr,  # of a row of a block, those that a lane adds up
+    UNROLL: tl.constexpr,  # cells; divides their number
+    WIDE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    lane = pid * ELEMENTS + tl.arange(0, ELEMENTS)
+    row = lane // (OUT_W * INNER * SIDE)  # of all output rows of all maps
+    inside = lane < outputs * SIDE
+    if SIDE == COLUMNS and INNER == 1:  # a row of blocks is a row of the map
+        column = lane % (OUT_W * SIDE)
+    else:
+        column = lane // (INNER * SIDE) % OUT_W * COLUMNS + lane % SIDE
+        inside &= lane % SIDE < COLUMNS
+    top = row % OUT_H * ROWS
+    start = (row // OUT_H * H + top) * W
+    total = tl.zeros([ELEMENTS], tl.float32)
+    for cells in range(0, ROWS * CELLS, UNROLL):
+        for cell in tl.static_range(UNROLL):
+            a, b = (cells + cell) // CELLS, (cells + cell) % CELLS
+            within = inside
+            if OUT_H * ROWS > H:
+                within &= top + a < H
+            if OUT_W * COLUMNS > W:
+                within &= column + b < W
+            x = tl.load(x_ptr + (start + a * W + column + b) * INNER + lane % INNER, mask=within, other=0.0)
+            total += x.to(tl.float32)
+    if SIDE > 1:
+        total = tl.sum(tl.reshape(total, [ELEMENTS // SIDE, SIDE]), 1)
+    out = pid * (ELEMENTS // SIDE) + tl.arange(0, ELEMENTS // SIDE)
+    if OUT_H * ROWS > H or OUT_W * COLUMNS > W:  # the last blocks are smaller
+        rows = tl.minimum(H - out // (OUT_W * INNER) % OUT_H * ROWS, ROWS)
+        columns = tl.minimum(W - out // INNER % OUT_W * COLUMNS, COLUMNS)
+        mean = tl.div_rn(total, (rows * columns).to(tl.float32))
+    elif ROWS * COLUMNS & (ROWS * COLUMNS - 1) == 0:
+        mean = total * (1 / (ROWS * COLUMNS))  # as exact as the quotient
+    else:
+        mean = tl.div_rn(total, tl.full(total.shape, ROWS * COLUMNS, tl.float32))
+    tl.store(y_ptr + out, mean, mask=out < outputs)
+
+
+def pool_triton(x_NCHW: Tensor, block: int, align: str, config: launch.Config = CONFIGS[0]) -> Tensor:
+    """`pool_reference` in one pass; equal but for the order of the fp32 sums (NCHW: first over the rows of a block). Both divide the sum
+    and round the quotient once to x's dtype, so half types differ by at most that rounding, and rarely."""
+    x = dense(x_NCHW)
+    y = _pooled_like(x, block, align)
+    rows, columns = (min(block, size) for size in x.shape[2:])
+    inner = x.shape[1] if is_channels_last(x) else 1
+    side = triton.next_power_of_2(columns) if inner == 1 else 1
+    cells = columns if side == 1 else 1
+    elements = max(config["ELEMENTS"], side)
+    launch.run(
+        _pool_kernel,
+        (triton.cdiv(y.numel() * side, elements),),
+        x,
+        y,
+        y.numel(),
+        H=x.shape[2],
+        W=x.shape[3],
+        OUT_H=y.shape[2],
+        OUT_W=y.shape[3],
+        INNER=inner,
+        ROWS=rows,
+        COLUMNS=columns,
+        SIDE=side,
+        CELLS=cells,
+        UNROLL=rows * cells if rows * cells <= 16 else 1,
+        WIDE=max(x.numel(), y.numel() * side) + elements >= 2**31,
+        **{**config, "ELEMENTS": elements},
+    )
+    return y
+
+
+def _pooled_like(x_NCHW: Tensor, block: int, align: str) -> Tensor:
+    """Empty block means of x, in its memory format."""
+    sides = [(length, min(block, length)) for length in x_NCHW.shape[2:]]
+    sizes = [length // side if align == "authors" else triton.cdiv(length, side) for length, side in sides]
+    memory_format = torch.channels_last if is_channels_last(x_NCHW) else torch.contiguous_format
+    shape = (*x_NCHW.shape[:2], *sizes)
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format)
+
+
+@torch.library.custom_op("actpress::pool", mutates_args=())
+def _pool(x: Tensor, block: int, align: str) -> Tensor:
+    return pool_reference(x, block, align)
+
+
+@_pool.register_fake
+def _(x: Tensor, block: int, align: str) -> Tensor:
+    return _pooled_like(dense(x), block, align)
+
+
+launch.on_cuda(_pool, pool_triton)
+
+
+def pool(x_NCHW: Tensor, block: int, align: str) -> Tensor:
+    """x [N, C, H, W] of any floating dtype and strides -> block means [N, C, h, w] in its dtype and memory format."""
+    return _pool(x_NCHW, block, align) if launch.on_gpu(x_NCHW) else pool_reference(x_NCHW, block, align)
+
+
+def cases() -> list[launch.Case]:
+    """A ResNet-50 activation at batch 64: 64 x 256 x 56 x 56."""
+    return [
+        _case("pool_2", 2, torch.contiguous_format),
+        _case("pool_2_channels_last", 2, torch.channels_last),
+        _case("pool_4", 4, torch.contiguous_format),
+    ]
+
+
+def _case(name: str, block: int, memory_format: torch.memory_format) -> launch.Case:
+    def make(dtype: torch.dtype, device: str, shape=(64, 256, 56, 56)) -> tuple[Tensor, int, str]:
+        return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format), block, "ceil"
+
+    def bytes_of(x: Tensor, block: int, align: str) -> int:
+        return launch.nbytes(x, pool_reference(x.to("meta"), block, align))
+
+    return launch.Case(
+        name,
+        make,
+        pool_triton,
+        pool_reference,
+        bytes_of,
+        bytes_of,
+        CONFIGS,
+        stock=lambda x, block, align: F.avg_pool2d(x, block),
+        tolerance=3e-4,  # half types: a sum now and then rounds to the neighbour; fp32 differs by 1e-7
+        tiny=lambda dtype, device: make(dtype, device, (2, 8, 9, 14)),
+    )

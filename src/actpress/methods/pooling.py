@@ -8,8 +8,8 @@ The idea: keep the block means of every convolution's input instead of the input
     AvgPool2d       nothing, exact
     BatchNorm2d     stock: its input stays dense
 
-Weight gradients are taken against the upsampled means, which are never built (kernels/pooling.py): approximate and biased, their norm
-shrinks. Input and bias gradients are exact.
+Weight gradients are taken against the upsampled means, which are never built (kernels/pooling.py; kernels/pooled_convolution.py on a GPU):
+approximate and biased, their norm shrinks. Input and bias gradients are exact.
 
 align="authors", relu="stock" is the official code: floor-mode pooling, one pooled copy per reader, everything but convolutions stock. Its
 "block 1" baseline copies every conv input.
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from actpress import layers
 from actpress.codec import Codec, Context, Conv, Like
-from actpress.kernels.pooling import ALIGN, conv2d_weight_grad_reference, pool_reference, upsample_reference
+from actpress.kernels.pooled_convolution import conv2d_weight_grad
+from actpress.kernels.pooling import ALIGN, pool, upsample_reference
 from actpress.swap import Method, Replacement
 
 RELU = ("mask", "stock")
@@ -43,7 +44,7 @@ class PoolingCodec(Codec):
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0 or (self.block == 1 and self.align == "ceil"):
             return (x,)
-        return (pool_reference(x, self.block, self.align),)
+        return (pool(x, self.block, self.align),)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if kept[0].shape == like.shape:
@@ -53,7 +54,7 @@ class PoolingCodec(Codec):
     def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
         if kept[0].shape == like.shape:
             return super().conv2d_weight_grad(kept, like, dy, conv)
-        return conv2d_weight_grad_reference(kept[0], dy, tuple(like.shape[2:]), *conv, self.block, self.align)
+        return conv2d_weight_grad(kept[0], dy, tuple(like.shape[2:]), *conv, self.block, self.align)
 
 
 @dataclass(frozen=True)
