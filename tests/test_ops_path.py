@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import actpress
 from actpress import measure
-from actpress.methods import Division, Pooling
+from actpress.methods import BlockPruning, Division, FewBit, Inverted, Pooling, Quantize
 from actpress.swap import Method
 from devices import mimic_gpu
 
@@ -27,6 +27,11 @@ class Case(NamedTuple):
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     method: Method
+    noisy: bool = False  # stochastic rounding: compiled code draws other noise
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, 2))
 
 
 CASES = {
@@ -39,6 +44,14 @@ CASES = {
     "max pool ceil dilated": Case(lambda: nn.MaxPool2d((2, 3), (2, 1), 1, (1, 2), ceil_mode=True), (1, 3, 8, 9), Division()),
     "max pool large window": Case(lambda: nn.MaxPool2d(17), (1, 2, 35, 40), Division()),
     "max pool unbatched": Case(lambda: nn.MaxPool2d(2), (6, 9, 7), Division()),
+    "division": Case(convolutions, (2, 3, 11, 10), Division(bits=8), noisy=True),
+    "division of tokens": Case(lambda: nn.Linear(12, 7), (2, 19, 12), Division(bits=8), noisy=True),
+    "quantize": Case(convolutions, (2, 3, 11, 10), Quantize(rounding="nearest")),
+    "quantize groups": Case(convolutions, (2, 3, 11, 10), Quantize(rounding="nearest", grouping="group", size=32)),
+    "pooling": Case(convolutions, (2, 3, 11, 10), Pooling()),
+    "pruning": Case(lambda: nn.Linear(12, 7), (2, 19, 12), BlockPruning(sparsity=0.5, block=(4, 4))),
+    "inverted": Case(nn.GELU, (2, 6, 9, 7), Inverted()),
+    "few-bit": Case(nn.SiLU, (2, 6, 9, 7), FewBit()),
 }  # fmt: skip
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PAIRS = [
@@ -106,8 +119,12 @@ def test_eager(case, memory_format, dtype, monkeypatch):
 @pytest.mark.parametrize(("case", "memory_format"), PAIRS)
 def test_compiled(case, memory_format, monkeypatch):
     """Against the direct path compiled: compiled code may draw noise, dropout's too, in another order."""
-    results = compiled_both_ways(case, memory_format, monkeypatch, backend="aot_eager")
-    assert_identical(*results)
+    ours, expected = compiled_both_ways(case, memory_format, monkeypatch, backend="aot_eager")
+    if not case.noisy:
+        assert_identical(ours, expected)
+    for name, tensor in expected.items():  # 8 bits: two draws differ by .4% of the range at most, per element
+        error = (ours[name] - tensor).norm() / tensor.norm()
+        assert error < 0.02, f"{name}: relative error {error:.1e}"
 
 
 def test_compiled_by_inductor(monkeypatch):
@@ -135,8 +152,9 @@ def test_fake_tensors(case, memory_format, monkeypatch):
     model, x = prepared(case, memory_format)
     expected = step(model, x)
     mimic_gpu(monkeypatch)
+    fake = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Operations() as through:
-        fake = copy.deepcopy(model).to_empty(device="cpu")
+        fake.to_empty(device="cpu")
         ours = step(fake, mode.from_tensor(x), fake)
     assert through.count >= 2
     for name, tensor in expected.items():
