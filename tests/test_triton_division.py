@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from actpress.kernels import division, noise
+from actpress.kernels.division_plan import way_of
 from actpress.kernels.layout import is_channels_last
 from actpress.kernels.masks import pack_mask_reference
-from devices import BACKENDS, DEVICES, INTERPRETED, assert_same, traffic
+from devices import BACKENDS, DEVICES, INTERPRETED, assert_same, last_program_only, traffic
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -23,6 +24,11 @@ SHAPES = {  # shape, block
     "channels 16": ((2, 16, 6, 5), 4),
     "channels 24": ((1, 24, 14, 14), 8),
 }
+
+
+every_shape_and_bits = pytest.mark.parametrize(
+    ("name", "bits"), [*((name, 2) for name in SHAPES), *((n, b) for n in ("9x13", "channels 24") for b in (1, 4, 8))]
+)
 
 
 def exact_sums(shape, dtype, device):
@@ -55,8 +61,7 @@ def assert_same_code(ours, reference):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", SHAPES)
+@every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_encode_byte_for_byte(name, bits, channels_last, device, dtype):
     shape, block = SHAPES[name]
@@ -66,30 +71,107 @@ def test_encode_byte_for_byte(name, bits, channels_last, device, dtype):
 
 
 @pytest.mark.parametrize("name", ["7x7", "28x28", "9x13", "channels 16"])
+@pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-def test_encode_in_the_official_layout(name, channels_last, device, dtype):
+def test_encode_in_the_official_layout(name, lfc, channels_last, device, dtype):
     shape, block = SHAPES[name]
-    x = exact_sums(shape, dtype, device)
+    x = both_kinds(shape, block, dtype, device)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    assert_same_code(*both(x, kernel_of(shape, block), 2, "authors", "always"))
+    assert_same_code(*both(x, kernel_of(shape, block), 2, "authors", lfc))
+
+
+def both_kinds(shape, block, dtype, device):
+    """Maps after a ReLU beside smooth ones: the errors with and without means differ clearly, so that their order of summing does not
+    matter. A single map is smooth above and like after a ReLU, by far the larger part, below."""
+    x = exact_sums(shape, dtype, device)
+    x[:, ::2] = x[:, ::2].relu()
+    ramp = torch.arange(shape[2], device=device)[:, None] // block * 4.0
+    x[:, 1::2] = (x[:, 1::2] / 16 + ramp).to(dtype)
+    return x
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["14x14", "28x28", "56x56", "channels 24"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_auto_leaves_means_out_of_the_same_maps(name, channels_last, device, dtype):
-    """Maps after a ReLU beside smooth ones: the two errors differ clearly, so that their order of summing does not matter."""
     shape, block = SHAPES[name]
-    x = exact_sums(shape, dtype, device)
-    x[:, ::2] = x[:, ::2].relu()
-    ramp = torch.arange(shape[2], device=device)[:, None] // block * 4.0
-    x[:, 1::2] = (x[:, 1::2] / 16 + ramp).to(dtype)
+    x = both_kinds(shape, block, dtype, device)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     ours, reference = both(x, kernel_of(shape, block), 2, "ceil", "auto")
     left_out = (reference.lfc == 0).all((2, 3))
     assert left_out.any() and not left_out.all()
     assert_same_code(ours, reference)
+
+
+WAYS = {  # shape, channels_last, block: several tiles a map; parts; means taken first, one part and several
+    "tiles": ((1, 1, 128, 130), False, (8, 8)),
+    "tiles of channels": ((1, 16, 40, 40), True, (8, 8)),
+    "parts": ((1, 1, 184, 192), False, (8, 8)),
+    "parts that end within an eight": ((1, 1, 145, 233), False, (8, 8)),
+    "parts of channels": ((1, 3, 96, 88), True, (8, 8)),
+    "parts of tokens": ((2, 1, 80, 512), False, (8, 1)),
+    "parts of tokens, odd": ((1, 1, 67, 523), False, (8, 1)),
+    "tall blocks": ((1, 3, 40, 24), False, (20, 8)),
+    "tall blocks of channels in parts": ((1, 8, 40, 24), True, (20, 8)),
+    "tall blocks in parts": ((1, 2, 90, 96), False, (32, 32)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "lfc"),
+    [*((name, "auto") for name in WAYS), *((name, "always") for name in ("tiles", "parts", "tall blocks"))],
+)
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+def test_maps_that_take_several_steps(name, lfc, device, dtype):
+    shape, channels_last, kernel = WAYS[name]
+    x = both_kinds(shape, 8, dtype, device)
+    x[-1, 0, : shape[2] // 4] = 3
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    plan, _, _, _, parts = way_of(shape, channels_last, x.itemsize, kernel, 2, "ceil", lfc, 4096, 2)
+    assert plan.tiles > 1 or "tall" in name
+    assert (parts > 1) == ("parts" in name) and plan.known == ("tall" in name)
+    assert_same_code(*both(x, kernel, 2, "ceil", lfc))
+
+
+@pytest.mark.parametrize("strides", ["transposed", "every other", "expanded"])
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+def test_any_strides(strides, device, dtype):
+    x = exact_sums((2, 6, 9, 10), dtype, device)
+    x = {"transposed": x.transpose(2, 3), "every other": x[:, ::2], "expanded": x[:, :1].expand(2, 6, 9, 10)}[strides]
+    assert_same_code(*both(x, (8, 8), 2, "ceil", "always"))
+
+
+@pytest.mark.parametrize("align", division.ALIGN)
+@pytest.mark.parametrize("lfc", division.LFC)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+def test_what_is_not_finite_stays_in_its_map(align, lfc, channels_last, device, dtype):
+    x = both_kinds((1, 16, 12, 20), 8, dtype, device)
+    whole, last = (0, slice(8), slice(8)), (0, 11, 19)
+    for c, (value, where) in enumerate([(torch.nan, whole), (torch.inf, whole), (-torch.inf, last), (torch.nan, last)]):
+        x[where[0], 3 * c, *where[1:]] = value
+    x[0, 12, 0, :2] = torch.tensor([torch.inf, -torch.inf])
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    ours, reference = both(x, (8, 8), 2, align, lfc)
+    assert_same("codes", ours.codes, reference.codes)
+    how = (x.shape, dtype, channels_last, (8, 8), 2, align)
+    decoded = division.decode_triton(ours, *how)
+    assert_same("x~", decoded, division.decode_reference(reference, *how))
+    assert decoded.isnan().flatten(2).all(2).sum() == decoded.isnan().flatten(2).any(2).sum() == 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_comes_from_the_seed(device):
+    x = torch.rand(1, 2, 16, 16, device=device)
+    codes = [
+        division.encode_triton(x, torch.tensor([seed], device=device), (8, 8), 2, "ceil", "always").codes
+        for seed in (SEED, SEED, SEED + 1, SEED + 2**40)
+    ]
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[3])
 
 
 @pytest.mark.parametrize("config", division.ENCODE_CONFIGS, ids=str)
@@ -107,12 +189,6 @@ def test_tokens(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-def test_tall_blocks_and_maps_cut_into_parts(device, dtype):
-    assert_same_code(*both(exact_sums((1, 2, 40, 24), dtype, device), (20, 8), 2, "ceil", "always"))
-    assert_same_code(*both(exact_sums((1, 1, 224, 224), dtype, device), (8, 8), 2, "ceil", "always"))
-
-
-@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
     x = torch.randn(2, 8, 28, 28, device=device).to(dtype)
     ours, reference = both(x, (8, 8), 2, "ceil", "always")
@@ -126,8 +202,7 @@ def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", SHAPES)
+@every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_decode(name, bits, channels_last, device, dtype):
     shape, block = SHAPES[name]
@@ -153,18 +228,47 @@ def test_empty(device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="counted in the interpreter")
 @pytest.mark.parametrize("case", division.cases(), ids=lambda case: case.name)
-def test_declared_bytes_are_those_counted(case):
-    """Means and steps that several programs read come from a cache: counted again here, and few beside maps of any size."""
+def test_declared_bytes_are_those_counted(case, monkeypatch):
+    """With nothing left in a cache from one kernel to the next. Not declared, and little beside maps of any size: zeros over means, which
+    depend on x, and the second time that means and steps are read, by another program."""
+    monkeypatch.setattr(division, "L2", 0)
     inputs = case.tiny(torch.float32, "cpu")
     with traffic() as counted:
         case.kernel(*inputs)
-    assert case.moved(*inputs) <= counted.total <= 1.06 * case.moved(*inputs)
+    exact = any(word in case.name for word in ("56_always", "encode_28", "encode_14", "encode_7"))
+    assert case.moved(*inputs) <= counted.total <= (1 if exact else 1.06) * case.moved(*inputs)
+
+
+@pytest.mark.slow
+def test_past_two_to_the_31_elements():
+    """The last map, in fp16, by itself; of its codes, whose noise is not that of the first elements, the error of decoding."""
+    n = -(-(2**31) // 3136) + 3
+    x = torch.empty(1, n, 56, 56, dtype=torch.float16)
+    x[:, -1] = exact_sums((56, 56), torch.float16, "cpu")
+    how = ((8, 8), 2, "ceil")
+    with last_program_only():
+        code = division.encode_triton(x, torch.tensor([SEED]), *how, "always")
+        decoded = division.decode_triton(code, x.shape, torch.float16, False, *how)
+    last = x[:, -1:]
+    reference = division.encode_reference(last, torch.rand_like(last, dtype=torch.float32), *how)
+    for name in ("lfc", "low", "step"):
+        assert_same(name, getattr(code, name)[:, -1:], getattr(reference, name))
+    codes = code.codes[-3136 * 2 // 8 :]
+    own = division.decode_reference(reference._replace(codes=codes), last.shape, torch.float16, False, *how)
+    assert ((own - last).abs() <= reference.step.half() + 2**-8).all(), "x~: more than a step from x"
+    assert_same("x~", decoded[:, -1].flatten()[-8:], own.flatten()[-8:])
 
 
 def test_operations_pass_opcheck():
     x = torch.randn(2, 4, 14, 14)
     arguments = (x, torch.tensor([3]), [8, 8], 2, "ceil", "auto")
     torch.library.opcheck(torch.ops.actpress.division_encode, arguments)
+    nhwc = x.to(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.actpress.division_encode, (nhwc, *arguments[1:]))
+    code = division.encode_reference(x, torch.rand_like(x), (8, 8), 2, "ceil")
+    for mask in (None, pack_mask_reference(x > 0)):
+        arguments = (*code, x.shape, torch.float32, False, [8, 8], 2, "ceil", mask)
+        torch.library.opcheck(torch.ops.actpress.division_decode, arguments)
 
 
 def test_compiled_operation_is_the_eager_one():
