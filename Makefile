@@ -32,7 +32,7 @@ DRY_OVERRIDE := $(if $(filter 1 true yes,$(DRY)),dry=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables audit compile-kernels bench-kernels gpu-battery import-results clean
+.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report audit compile-kernels bench-kernels gpu-battery import-results clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -92,6 +92,9 @@ reproduce-table: $(STAMP) ## measure and render a published table: TABLE=name, D
 
 tables: $(STAMP) ## reproduce every table of configs/tables
 	$(RUN) scripts/reproduce_table.py $(basename $(notdir $(sort $(wildcard configs/tables/*.yaml)))) $(DRY_OVERRIDE)
+
+report: $(STAMP) ## everything measured on one page that works offline: results/report.html
+	$(RUN) scripts/report.py
 
 audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHOD=division BATCH=256
 	$(RUN) scripts/audit.py model=$(MODEL) method=$(METHOD) batch=$(BATCH) $(ARGS)

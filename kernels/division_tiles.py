@@ -112,7 +112,7 @@ def extremes(x, mean, P: tl.constexpr):
     if P.ragged:  # lanes that are no pixels
         least, greatest = tl.minimum(least, float("inf")), tl.maximum(greatest, float("-inf"))
     # Subtracting is monotonous: the extremes of x - mean are those of x, less the mean.
-    rest_least, rest_greatest = mean - least, greatest - mean
+    rest_least, rest_greatest = mean - least, tl.where(mean - mean == 0, greatest - mean, float("inf"))
     if P.known:  # whose x, unlike that of a whole block, may be NaN where the mean is not
         rest_greatest = tl.where(least == least, rest_greatest, float("inf"))
     rest = tl.join(_all(rest_least), _all(rest_greatest))

@@ -159,22 +159,23 @@ def conv2d_weight_grad(
     return run(pooled_NIhw, dy_NOPQ, size, weight_shape, stride, padding, dilation, groups, block, align)
 
 
-# Of ResNet-50 at 224 x 224: channels in and out, kernel, stride, side of the input map
+# Of ResNet-50 and, last, ConvNeXt-T at 224 x 224: channels in and out, kernel, stride, groups, side of the input map
 CONVOLUTIONS = {
-    "3x3_64_at_56": (64, 64, 3, 1, 56),
-    "3x3_128_at_28": (128, 128, 3, 1, 28),
-    "3x3_256_at_14": (256, 256, 3, 1, 14),
-    "3x3_512_at_7": (512, 512, 3, 1, 7),
-    "1x1_64_256_at_56": (64, 256, 1, 1, 56),
-    "1x1_256_64_at_56": (256, 64, 1, 1, 56),
-    "1x1_stride_2_256_512_at_56": (256, 512, 1, 2, 56),
-    "3x3_stride_2_128_at_56": (128, 128, 3, 2, 56),
-    "7x7_stride_2_3_64_at_224": (3, 64, 7, 2, 224),
+    "3x3_64_at_56": (64, 64, 3, 1, 1, 56),
+    "3x3_128_at_28": (128, 128, 3, 1, 1, 28),
+    "3x3_256_at_14": (256, 256, 3, 1, 1, 14),
+    "3x3_512_at_7": (512, 512, 3, 1, 1, 7),
+    "1x1_64_256_at_56": (64, 256, 1, 1, 1, 56),
+    "1x1_256_64_at_56": (256, 64, 1, 1, 1, 56),
+    "1x1_stride_2_256_512_at_56": (256, 512, 1, 2, 1, 56),
+    "3x3_stride_2_128_at_56": (128, 128, 3, 2, 1, 56),
+    "7x7_stride_2_3_64_at_224": (3, 64, 7, 2, 1, 224),
+    "7x7_depthwise_96_at_56": (96, 96, 7, 1, 96, 56),
 }
 
 
 def cases() -> list[launch.Case]:
-    """Convolutions of ResNet-50 at batch 64 and blocks of 2; two as channels_last, one with blocks of 4. "taps" is the kernel alone.
+    """Convolutions at batch 64 and blocks of 2; two as channels_last, one with blocks of 4. "taps" is the kernel alone.
 
     dW comes with what the kernel wrote, and that is what counts as moved: not what cuBLAS reads. fp32 is multiplied in tf32, as stock is.
     """
@@ -196,16 +197,16 @@ def cases() -> list[launch.Case]:
 
 def _cases(name: str, block: int, memory_format: torch.memory_format) -> list[launch.Case]:
     """The weight gradient, and the kernel alone. Inputs start with the dense x, which stock computes from in place of p(x)."""
-    i, o, kernel, stride, side = CONVOLUTIONS[name]
+    i, o, kernel, stride, groups, side = CONVOLUTIONS[name]
     strides, padding = (stride, stride), (kernel // 2, kernel // 2)
 
-    def make(dtype: torch.dtype, device: str, n: int = 64, i: int = i, o: int = o, side: int = side) -> tuple:
+    def make(dtype: torch.dtype, device: str, n=64, i=i, o=o, groups=groups, side=side) -> tuple:
         out = (side + 2 * padding[0] - kernel) // stride + 1
         x, dy = (
             torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
             for shape in ((n, i, side, side), (n, o, out, out))
         )
-        geometry = (side, side), (o, i, kernel, kernel), strides, padding, (1, 1), 1, block, "ceil"
+        geometry = (side, side), (o, i // groups, kernel, kernel), strides, padding, (1, 1), groups, block, "ceil"
         return x, pool_reference(x, block, "ceil"), dy, *geometry
 
     def read(pooled: Tensor, dy: Tensor, *geometry: Any) -> tuple:
@@ -234,7 +235,8 @@ def _cases(name: str, block: int, memory_format: torch.memory_format) -> list[la
 
     def flops(x: Tensor, pooled: Tensor, dy: Tensor, *geometry: Any) -> int:
         plan = plan_of(pooled, dy, *geometry)
-        return 2 * plan.taps * pooled.shape[1] * (dy.numel() if plan.spread else dy.shape[1] * pooled[:, 0].numel())
+        positions = dy[:, 0].numel() if plan.spread else pooled[:, 0].numel()
+        return 2 * plan.taps * i // groups * o * positions
 
     def weight_grad(x: Tensor, *inputs: Any, config: launch.Config) -> tuple[Tensor, Tensor]:
         before = torch.get_float32_matmul_precision()
@@ -246,7 +248,7 @@ def _cases(name: str, block: int, memory_format: torch.memory_format) -> list[la
 
     def stock(x: Tensor, pooled: Tensor, dy: Tensor, size: Any, weight_shape: Sequence[int], *rest: Any) -> Tensor:
         weight = dy.new_empty(()).expand(weight_shape)  # only its shape is read
-        conv = strides, padding, (1, 1), False, (0, 0), 1
+        conv = strides, padding, (1, 1), False, (0, 0), groups
         return torch.ops.aten.convolution_backward(dy, x, weight, None, *conv, (False, True, False))[1]
 
     words = (
@@ -254,12 +256,13 @@ def _cases(name: str, block: int, memory_format: torch.memory_format) -> list[la
         + (f"_block_{block}" if block != 2 else "")
         + ("_channels_last" if memory_format == torch.channels_last else "")
     )
+    few = (2, 2, 2) if groups > 1 else (min(i, 2), 2, 1)
     common = {
         "make": make,
         "moved": moved,
         "floor": floor,
         "configs": CONFIGS,
-        "tiny": lambda dtype, device: make(dtype, device, 1, min(i, 5), min(o, 6), 9),
+        "tiny": lambda dtype, device: make(dtype, device, 1, *few, 7),
     }
     return [
         launch.Case(

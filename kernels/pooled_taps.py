@@ -5,7 +5,7 @@
 
 Rows and columns are independent of each other, and sums and spread are one thing: each of the two axes says, per tap, which input positions
 belong to an output position. A program takes a tile of output positions, loads the window that their taps reach once and adds up in
-registers. Its input lies anyhow; its output has one of three orders of memory, outermost first:
+registers. Its input may have any strides; its output has one of three orders of memory, outermost first:
 
     taps        groups, taps, channels, samples, rows, columns
     samples     samples, groups, taps, channels, rows, columns
@@ -34,10 +34,7 @@ ORDERS = {  # of [groups, taps, channels, samples, rows, columns], outermost fir
     "samples": (3, 0, 1, 2, 4, 5),
     "channels": (3, 4, 5, 0, 1, 2),
 }
-UNROLLED_CELLS, UNROLLED_TAPS = (
-    64,
-    16,
-)  # of a window, up to which a program holds their sums in registers: 3x3 taps and blocks of 6
+UNROLLED = 64, 16  # cells of a window and taps, up to which a program holds their sums in registers
 
 
 class Axis(NamedTuple):
@@ -45,11 +42,9 @@ class Axis(NamedTuple):
     block u (sums), or the block that it meets at position u (spread)."""
 
     offsets: tuple[int, ...]  # of taps that differ: at position p of dY a tap meets pixel stride * p + offset
-    window: int  # every v of u is one of so many from (up * u + start) // down - bias
-    reach: tuple[int, ...]  # those of the window that some tap needs
-    meets: tuple[
-        int, ...
-    ]  # [reach, taps]: belongs to no u, 0; to every u, 1, or 3 if a tap's first; to some, 2: see `_belongs`
+    reach: tuple[int, ...]  # every v of u is (up * u + start) // down - bias + one of these: the window
+    span: int  # the most that one tap adds up
+    meets: tuple[int, ...]  # [reach, taps]: belongs to no u, 0; to all, 1, or 3 if a tap's first; to some, 2
     up: int
     down: int
     start: int
@@ -84,9 +79,10 @@ def axis_of(
     block = min(block, length)
     shift, count = (length % block, length // block) if align == "authors" else (0, triton.cdiv(length, block))
     if spread:  # from the block of the first tap
-        read, written, up, down, least = count, outputs, stride, block, min(offsets) - shift
+        read, written, up, down, span, least = count, outputs, stride, block, 1, min(offsets) - shift
     else:  # from the first position that the last tap takes into the block
-        read, written, up, down, least = outputs, count, block, stride, shift - max(offsets) + stride - 1
+        read, written, up, down, span = outputs, count, block, stride, triton.cdiv(block, stride)
+        least = shift - max(offsets) + stride - 1
     bias = max(0, -(least // down))  # the dividend must not become negative: kernels round quotients to zero
     start = least + bias * down
 
@@ -102,24 +98,8 @@ def axis_of(
             table[m] = [3 if entry == 1 and not under else entry for entry, under in zip(row, begun, strict=True)]
     meets = tuple(entry for row in table.values() for entry in row)
     kept = read == written and pairs == [{(u, u) for u in range(written)}]
-    axis = Axis(
-        offsets,
-        window,
-        tuple(table),
-        meets,
-        up,
-        down,
-        start,
-        bias,
-        stride,
-        block,
-        shift,
-        length,
-        read,
-        written,
-        spread,
-        kept,
-    )
+    rule = stride, block, shift, length
+    axis = Axis(offsets, tuple(table), span, meets, up, down, start, bias, *rule, read, written, spread, kept)
     return axis, tuple(distinct.index(blocks) for blocks in met)
 
 
@@ -133,7 +113,7 @@ def belongs_reference(axis: Axis) -> Tensor:
 
 
 def met_reference(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int) -> Tensor:
-    """x -> [groups, taps, C / groups, N, rows, columns] in x's dtype, summed in fp32 (fp64 stays): each axis a matrix of zeros and ones."""
+    """Finite x -> [groups, taps, C / groups, N, rows, columns] in its dtype, summed in fp32 (fp64 stays): axes as matrices of 0 and 1."""
     compute = torch.promote_types(x_NCrq.dtype, torch.float32)
     by_row, by_column = (belongs_reference(axis).to(x_NCrq.device, compute) for axis in (rows, columns))
     met = torch.einsum("bwq,ncrq->bncrw", by_column, x_NCrq.to(compute))
@@ -142,8 +122,8 @@ def met_reference(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int) -> Ten
 
 
 @triton.jit
-def _belongs(u, v, tap: tl.constexpr, axis: tl.constexpr):
-    pixel = axis.stride * (u if axis.spread else v) + axis.offsets[tap]
+def _belongs(u, v, offset, axis: tl.constexpr):
+    pixel = axis.stride * (u if axis.spread else v) + offset
     within = pixel - axis.shift - axis.block * (v if axis.spread else u)
     return (within >= 0) & (within < axis.block) & (pixel < axis.length)
 
@@ -171,7 +151,7 @@ def _window_sums(x_ptr, xr, xq, u_r, u_q, inside, R: tl.constexpr, Q: tl.constex
                 if Q.meets[j * taps_q + b] == 3:
                     total = cells[j]
                 elif Q.meets[j * taps_q + b] == 2:
-                    total += tl.where(_belongs(u_q, first_q + Q.reach[j], b, Q), cells[j], 0.0)
+                    total += tl.where(_belongs(u_q, first_q + Q.reach[j], Q.offsets[b], Q), cells[j], 0.0)
                 elif Q.meets[j * taps_q + b] == 1:
                     total += cells[j]
             across += (total,)
@@ -183,7 +163,7 @@ def _window_sums(x_ptr, xr, xq, u_r, u_q, inside, R: tl.constexpr, Q: tl.constex
                 if R.meets[m * taps_r + a] == 3:
                     total = across[m * taps_q + b]
                 elif R.meets[m * taps_r + a] == 2:
-                    total += tl.where(_belongs(u_r, first_r + R.reach[m], a, R), across[m * taps_q + b], 0.0)
+                    total += tl.where(_belongs(u_r, first_r + R.reach[m], R.offsets[a], R), across[m * taps_q + b], 0.0)
                 elif R.meets[m * taps_r + a] == 1:
                     total += across[m * taps_q + b]
             totals += (total,)
@@ -191,17 +171,28 @@ def _window_sums(x_ptr, xr, xq, u_r, u_q, inside, R: tl.constexpr, Q: tl.constex
 
 
 @triton.jit
-def _loop_sum(x_ptr, xr, xq, u_r, u_q, inside, tap: tl.constexpr, R: tl.constexpr, Q: tl.constexpr):
-    """The sum of one tap: for windows too large, or taps too many, to hold."""
-    first_r = (R.up * u_r + R.start) // R.down - R.bias
-    first_q = (Q.up * u_q + Q.start) // Q.down - Q.bias
+def _first(u, offset, axis: tl.constexpr):
+    """The first v of one tap."""
+    later = offset - axis.offsets[0] if axis.spread else axis.offsets[len(axis.offsets) - 1] - offset
+    return (axis.up * u + axis.start + later) // axis.down - axis.bias
+
+
+@triton.jit
+def _loop_sum(x_ptr, xr, xq, u_r, u_q, inside, tap, R: tl.constexpr, Q: tl.constexpr):
+    """The sum of one tap: for windows too large, or taps too many, to unroll."""
+    offset_r, offset_q = R.offsets[0], Q.offsets[0]
+    for a in tl.static_range(len(R.offsets)):
+        offset_r = tl.where(tap // len(Q.offsets) == a, R.offsets[a], offset_r)
+    for b in tl.static_range(len(Q.offsets)):
+        offset_q = tl.where(tap % len(Q.offsets) == b, Q.offsets[b], offset_q)
+    first_r, first_q = _first(u_r, offset_r, R), _first(u_q, offset_q, Q)
     total = tl.zeros(inside.shape, tl.float32)
-    for m in range(R.window):
+    for m in range(R.span):
         r = first_r + m
-        in_row = inside & (r >= 0) & (r < R.read) & _belongs(u_r, r, tap // len(Q.offsets), R)
-        for j in range(Q.window):
+        in_row = inside & (r >= 0) & (r < R.read) & _belongs(u_r, r, offset_r, R)
+        for j in range(Q.span):
             q = first_q + j
-            belongs = in_row & (q >= 0) & (q < Q.read) & _belongs(u_q, q, tap % len(Q.offsets), Q)
+            belongs = in_row & (q >= 0) & (q < Q.read) & _belongs(u_q, q, offset_q, Q)
             total += tl.load(x_ptr + (r * xr + q * xq), mask=belongs, other=0.0).to(tl.float32)
     return total
 
@@ -253,21 +244,29 @@ def _taps_kernel(
         y = y_ptr + (n * yn + g * yg + (c - g * group_channels) * yc + (r * Q.written + q).to(tl.int64) * yp)
         if UNROLL:
             totals = _window_sums(x, xr, xq, r, q, inside, R, Q)
-        for tap in tl.static_range(len(R.offsets) * len(Q.offsets)):
-            total = totals[tap] if UNROLL else _loop_sum(x, xr, xq, r, q, inside, tap, R, Q)
-            tl.store(y + tl.full([], tap, tl.int64) * yt, total, mask=inside)
+            for tap in tl.static_range(len(R.offsets) * len(Q.offsets)):
+                tl.store(y + tl.full([], tap, tl.int64) * yt, totals[tap], mask=inside)
+        else:
+            for tap in range(len(R.offsets) * len(Q.offsets)):
+                total = _loop_sum(x, xr, xq, r, q, inside, tap, R, Q)
+                tl.store(y + tl.full([], tap, tl.int64) * yt, total, mask=inside)
+
+
+def unrolled(rows: Axis, columns: Axis) -> bool:
+    taps = len(rows.offsets) * len(columns.offsets)
+    return len(rows.reach) * len(columns.reach) <= UNROLLED[0] and taps <= UNROLLED[1]
 
 
 def tile_of(rows: Axis, columns: Axis, channels: int, order: str, config: launch.Config) -> dict[str, int]:
     """Samples, rows, columns and channels of one program's output."""
+    lanes = config["LANES"] if order == "channels" or unrolled(rows, columns) else 32 * config["num_warps"]
     if order == "channels":  # squares, whose windows overlap least, of channels that fill a sector of memory
         inner, height, width = min(config["CHANNELS"], triton.next_power_of_2(channels)), 8, 8
     else:  # long rows for a warp to read
-        inner, height, width = 1, config["LANES"], 32
+        inner, height, width = 1, lanes, 32
     width = min(width, triton.next_power_of_2(columns.written))
-    height = min(height, triton.next_power_of_2(rows.written), config["LANES"] // (inner * width))
-    samples = config["LANES"] // (inner * width * height)
-    return {"SAMPLES": samples, "ROWS": height, "COLUMNS": width, "CHANNELS": inner}
+    height = min(height, triton.next_power_of_2(rows.written), lanes // (inner * width))
+    return {"SAMPLES": lanes // (inner * width * height), "ROWS": height, "COLUMNS": width, "CHANNELS": inner}
 
 
 def met_triton(
@@ -293,10 +292,10 @@ def met_triton(
         R=rows,
         Q=columns,
         GROUPED=groups > 1,
-        UNROLL=len(rows.reach) * len(columns.reach) <= UNROLLED_CELLS and taps <= UNROLLED_TAPS,
+        UNROLL=unrolled(rows, columns),
         **tile,
         # A thread takes vectors of channels, but single positions of a map: next in memory are its neighbours', so that a warp reads a row.
-        STEPS=1 if order == "channels" else max(1, config["LANES"] // (32 * config["num_warps"])),
+        STEPS=1 if order == "channels" else max(1, prod(tile.values()) // (32 * config["num_warps"])),
         num_warps=config["num_warps"],
     )
     return y

@@ -261,7 +261,9 @@ def take_triton(
     return values
 
 
-def encode_triton(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode_by_kernels(
+    x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`encode_reference` of x [..., C] of any strides. Differs as `block_scores_triton` does: in what is selected, and in the
     last bits of a sample's weights.
 
@@ -320,7 +322,7 @@ def _(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None
     return x.new_empty(kept, height, width), x.new_empty(kept, dtype=torch.int32)
 
 
-launch.on_cuda(_encode, encode_triton)
+launch.on_cuda(_encode, encode_by_kernels)
 
 
 @torch.library.custom_op("actpress::prune_decode", mutates_args=())

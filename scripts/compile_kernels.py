@@ -2,22 +2,24 @@
 
 python scripts/compile_kernels.py                 all kernels x dtypes x configurations for sm_80 and sm_90 -> results/kernels/aot.csv
 python scripts/compile_kernels.py division relu   only cases whose name starts so; printed, not written
-python scripts/compile_kernels.py --check         exit 1 if a default configuration spills or aot.csv is out of date
+python scripts/compile_kernels.py --check         exit 1 for spills in a default configuration, an overflow, an aot.csv that is out of date
 
-Registers per thread, bytes of spills (stores and loads), stack and static shared memory are what ptxas reports for the code that Triton
-generates; dynamic shared memory is what Triton asks for at launch. Arguments are specialised as at run time for the sizes of the cases.
+Registers per thread, bytes of spills (stores and loads), stack and static shared memory are what ptxas reports when Triton calls it;
+dynamic shared memory is what Triton asks for at launch. Arguments are specialised as at run time for the sizes of the cases. overflow:
+32-bit arithmetic that may overflow on its way to an address when the launch grows, see scripts/offsets.py; of a kernel with a constant
+WIDE, which stands for 64-bit offsets, that variant is looked at.
 """
 
 import argparse
+import contextlib
 import csv
-import importlib
+import dataclasses
+import functools
+import io
 import os
-import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,22 +31,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from actpress import kernels
-from actpress.kernels import launch
+import offsets
+from actpress.kernels import launch, registry
 
 TARGET = Path(__file__).resolve().parents[1] / "results" / "kernels" / "aot.csv"
 ARCHITECTURES = (80, 90)
+KEY = ("case", "launch", "kernel", "dtype", "config", "arch")
 FIELDS = (
-    "case",
-    "kernel",
-    "dtype",
-    "config",
-    "arch",
+    *KEY,
     "registers",
     "spill_bytes",
     "stack_bytes",
     "static_shared_bytes",
     "dynamic_shared_bytes",
+    "overflow",
     "triton",
 )
 POINTERS = {
@@ -71,31 +71,26 @@ class Job(NamedTuple):
     launch: int  # position among the launches of the case
     arch: int
 
-
-def all_cases() -> dict[str, launch.Case]:
-    """The cases of every kernel family, by name."""
-    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
-    cases = [case for module in modules if hasattr(module, "cases") for case in module.cases()]
-    assert len({case.name for case in cases}) == len(cases), "two cases of one name"
-    return {case.name: case for case in cases}
+    def wanted(self) -> launch.Launch:
+        case = all_cases()[self.case]
+        return registry.launches(case, self.dtype, case.configs[self.config])[self.launch]
 
 
-def launches(case: launch.Case, dtype: torch.dtype, config: launch.Config) -> list[launch.Launch]:
-    """What the case would launch: its launcher is run on tensors without memory."""
-    with launch.recorded() as recorded:
-        case.kernel(*case.make(dtype, "meta"), config=config)
-    return recorded
+all_cases = functools.cache(registry.all_cases)
 
 
-def jobs(prefixes: list[str]) -> Iterator[Job]:
-    for name, case in all_cases().items():
-        if prefixes and not name.startswith(tuple(prefixes)):
-            continue
+def jobs(cases: Iterable[str]) -> dict[tuple, list[Job]]:
+    """Everything to compile; what gives the same code in several cases together, by what it is made of."""
+    found: dict[tuple, list[Job]] = {}
+    for name in cases:
+        case = all_cases()[name]
         for dtype in case.dtypes:
             for position, config in enumerate(case.configs):
-                for i in range(len(launches(case, dtype, config))):
+                for i, wanted in enumerate(registry.launches(case, dtype, config)):
                     for arch in ARCHITECTURES:
-                        yield Job(name, dtype, position, i, arch)
+                        key = (source(wanted).hash(), str(wanted.options), arch)
+                        found.setdefault(key, []).append(Job(name, dtype, position, i, arch))
+    return found
 
 
 def source(wanted: launch.Launch) -> ASTSource:
@@ -121,58 +116,87 @@ def source(wanted: launch.Launch) -> ASTSource:
     return ASTSource(wanted.kernel, signature, constants, attributes)
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """One row of the table."""
-    case = all_cases()[job.case]
-    config = case.configs[job.config]
-    wanted = launches(case, job.dtype, config)[job.launch]
-    compiled = triton.compile(source(wanted), target=GPUTarget("cuda", job.arch, 32), options=dict(wanted.options))
-    report = assemble(compiled.asm["ptx"])
-    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    shared = re.search(r"(\d+) bytes smem", report)
-    return {
-        "case": job.case,
-        "kernel": wanted.kernel.__name__,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "config": ("default " if job.config == 0 else "") + " ".join(f"{k}={v}" for k, v in config.items()),
-        "arch": f"sm_{job.arch}",
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spill_bytes": int(spills[2]) + int(spills[3]),
-        "stack_bytes": int(spills[1]),
-        "static_shared_bytes": int(shared[1]) if shared else 0,
+def compile_jobs(same: list[Job]) -> list[tuple[Job, dict[str, str]]]:
+    """Rows of the table for jobs that give the same code."""
+    first = same[0].wanted()
+    try:
+        compiled, report = compiled_and_report(first, same[0].arch)
+        wide = widened(first)
+        code = (compiled if wide is first else compiled_and_report(wide, same[0].arch)[0]).asm["ttir"]
+    except Exception as error:
+        error.add_note(str(same[0]))
+        raise
+    measured = {
+        "registers": largest(r"Used (\d+) registers", report),
+        "spill_bytes": largest(r"(\d+) bytes spill stores", report) + largest(r"(\d+) bytes spill loads", report),
+        "stack_bytes": largest(r"(\d+) bytes stack frame", report),
+        "static_shared_bytes": largest(r"(\d+) bytes smem", report, default=0),
         "dynamic_shared_bytes": compiled.metadata.shared,
         "triton": triton.__version__,
     }
+    return [(job, row(job, measured, code)) for job in same]
 
 
-def assemble(ptx: str) -> str:
-    """What ptxas says of this code."""
-    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [
-            triton.knobs.nvidia.ptxas.path,
-            "-v",
-            f"--gpu-name={arch}",
-            str(path),
-            "-o",
-            str(path.with_suffix(".cubin")),
-        ]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+def row(job: Job, measured: Mapping[str, Any], code: str) -> dict[str, str]:
+    case, wanted = all_cases()[job.case], widened(job.wanted())
+    names = [name for name, kind in source(wanted).signature.items() if kind != "constexpr"]
+    values = {
+        "case": job.case,
+        "launch": job.launch + 1,
+        "kernel": wanted.kernel.__name__,
+        "dtype": registry.name_of(job.dtype),
+        "config": registry.describe(case, case.configs[job.config]),
+        "arch": f"sm_{job.arch}",
+        "overflow": "; ".join(offsets.overflows(code, [wanted.arguments[name] for name in names], wanted.grid)),
+        **measured,
+    }
+    return {field: str(values[field]) for field in FIELDS}
 
 
-def problems(rows: list[dict[str, Any]], committed: list[dict[str, str]]) -> list[str]:
-    """Spills in default configurations, and rows that aot.csv lacks or has too many."""
+def widened(wanted: launch.Launch) -> launch.Launch:
+    """With 64-bit offsets, if it is a launch that has a choice."""
+    if wanted.arguments.get("WIDE") is not False:
+        return wanted
+    return dataclasses.replace(wanted, arguments={**wanted.arguments, "WIDE": True})
+
+
+def compiled_and_report(wanted: launch.Launch, arch: int) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said; Triton prints that on request, where it compiles rather than finds a cached result."""
+    printed = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(printed):
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        target = GPUTarget("cuda", arch, 32)
+        compiled = triton.compile(source(wanted), target=target, options=dict(wanted.options))
+    return compiled, printed.getvalue()
+
+
+def largest(pattern: str, report: str, default: int | None = None) -> int:
+    """Of the functions that a kernel consists of."""
+    found = [int(number) for number in re.findall(pattern, report)]
+    return max(found) if default is None else max(found, default=default)
+
+
+def problems(rows: list[dict[str, str]], committed: list[dict[str, str]]) -> list[str]:
+    """Spills in defaults, offsets that may overflow, and where aot.csv says something else; numbers of another Triton are let be."""
     found = [
-        f"{row['case']} {row['kernel']} {row['dtype']} {row['config']} {row['arch']}: {row['spill_bytes']} bytes of spills"
+        f"{words(row)}: {row['spill_bytes']} bytes of spills"
         for row in rows
-        if row["spill_bytes"] and row["config"].startswith("default")
+        if row["spill_bytes"] != "0" and row["config"].startswith("default")
     ]
-    here, there = ({tuple(row[field] for field in FIELDS[:5]) for row in table} for table in (rows, committed))
-    found += [f"not in {TARGET.name}: {' '.join(key)}" for key in sorted(here - there)]
-    found += [f"in {TARGET.name}, no longer there: {' '.join(key)}" for key in sorted(there - here)]
-    return found
+    found += {f"{row['case']} {row['kernel']}: {row['overflow']}" for row in rows if row["overflow"]}
+    here, there = ({words(row): row for row in table} for table in (rows, committed))
+    found += [f"not in {TARGET.name}: {key}" for key in here.keys() - there.keys()]
+    found += [f"in {TARGET.name}, no longer there: {key}" for key in there.keys() - here.keys()]
+    found += [
+        f"{TARGET.name} is of another source: {key}"
+        for key in here.keys() & there.keys()
+        if here[key] != there[key] and here[key]["triton"] == there[key]["triton"]
+    ]
+    return sorted(found)
+
+
+def words(row: dict[str, str]) -> str:
+    return " ".join(row[field] for field in KEY)
 
 
 def main() -> int:
@@ -181,28 +205,39 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    wanted = list(jobs(options.cases))
-    if not wanted:
-        raise SystemExit(f"no case starts with {' or '.join(options.cases)}; there are: {', '.join(all_cases())}")
+    try:
+        chosen = registry.cases_named(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    todo = jobs(chosen)
     with ProcessPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(compile_job, wanted, chunksize=8))
+        done = dict(pair for pairs in pool.map(compile_jobs, todo.values(), chunksize=4) for pair in pairs)
+    order = {name: i for i, name in enumerate(chosen)}
+    rows = [done[job] for job in sorted(done, key=lambda job: (order[job.case], str(job.dtype), *job[2:]))]
     if options.check:
-        with TARGET.open(newline="") as file:
-            found = problems(rows, list(csv.DictReader(file)))
-        print("\n".join([*found, f"{len(rows)} kernels compiled, {len(found)} problems"]))
+        committed = []
+        if TARGET.is_file():
+            with TARGET.open(newline="") as file:
+                committed = [
+                    row for row in csv.DictReader(file) if row["case"].startswith(tuple(options.cases or [""]))
+                ]
+        found = problems(rows, committed)
+        print("\n".join([*found, f"{len(rows)} launches of {len(todo)} kernels, {len(found)} problems"]))
         return bool(found)
     if options.cases:
-        writer = csv.DictWriter(sys.stdout, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+        write(sys.stdout, rows)
         return 0
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     with TARGET.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{TARGET}: {len(rows)} kernels compiled")
+        write(file, rows)
+    print(f"{TARGET}: {len(rows)} launches of {len(todo)} kernels")
     return 0
+
+
+def write(file: Any, rows: list[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_encode_and_decode(shape, block, device, dtype):
     grid = block_grid(x.shape, block)
     for name, noise in (("top-k", None), ("sample", torch.full((1,), 0.3, device=device))):
         kept = kept_blocks(grid, 0.7)
-        values, index = pruning_triton.encode_triton(x, grid.height, grid.width, kept, noise)
+        values, index = pruning_triton.encode_by_kernels(x, grid.height, grid.width, kept, noise)
         expected = encode_reference(x, grid, kept, noise)
         assert_same(f"{name}: index", index, expected.index)
         assert_same(f"{name}: values", values, expected.values)
@@ -74,7 +74,7 @@ def test_encode_and_decode(shape, block, device, dtype):
 def test_encode_of_any_strides(block, view, device, dtype):
     x = VIEWS[view](eighths(3, 25, 22, device=device, dtype=dtype))
     grid = block_grid(x.shape, block)
-    values, index = pruning_triton.encode_triton(x, grid.height, grid.width, kept_blocks(grid, 0.6))
+    values, index = pruning_triton.encode_by_kernels(x, grid.height, grid.width, kept_blocks(grid, 0.6))
     expected = encode_reference(x.reshape(-1, x.shape[-1]), grid, kept_blocks(grid, 0.6))
     assert_same("index", index, expected.index)
     assert_same("values", values, expected.values)
@@ -104,7 +104,7 @@ def test_scores(device, dtype, config):
 def test_what_is_not_finite_is_kept(device, dtype, value):
     x = eighths(20, 30, device=device, dtype=dtype)
     x[11, 22] = value
-    values, index = pruning_triton.encode_triton(x, 4, 4, 1)
+    values, index = pruning_triton.encode_by_kernels(x, 4, 4, 1)
     assert index.tolist() == [2 * 8 + 5]
     assert_same("values", values, x[None, 8:12, 20:24])
 
