@@ -65,6 +65,7 @@ def test_every_requirement_is_pinned_inside_its_range():
 def test_every_import_is_declared():
     """Third-party packages that the code imports, tests included, are direct requirements, not someone else's."""
     module_of = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL", "pyyaml": "yaml"}
+    module_of["markdown-it-py"] = "markdown_it"
     declared = {module_of.get(r.name, r.name.replace("-", "_")) for r in requirements()}
     files = [file for folder in ("src", "kernels", "scripts", "tests") for file in (ROOT / folder).rglob("*.py")]
     trees = [ast.parse(file.read_text()) for file in files]
