@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import actpress
 from actpress.kernels import launch, pooled_convolution, pooled_taps, pooling
 from actpress.kernels.pooled_convolution import conv2d_weight_grad_triton, plan_of
 from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_reference, pool_triton
@@ -261,8 +262,6 @@ def test_a_cpu_takes_the_reference_and_the_codec_asks_the_public_functions(monke
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, op=op, name=name: called.append(name) or op(*given))
     layer = torch.nn.Sequential(torch.nn.Conv2d(5, 6, 3))
-    import actpress
-
     actpress.apply(layer, actpress.methods.Pooling(2))
     layer(x).sum().backward()
     assert called == ["_pool", "_conv2d_weight_grad"] and isinstance(layer[0].codec, PoolingCodec)
