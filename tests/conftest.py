@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from actpress.kernels import verify
+
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 2
 
@@ -47,10 +49,8 @@ def seeded() -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory that torch.empty returns is filled with NaN, or the largest integer: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+    with verify.poisoned():
+        yield
 
 
 @pytest.fixture(scope="session")

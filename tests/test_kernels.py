@@ -185,6 +185,15 @@ def test_tiny_inputs(case, dtype, device):
             assert verify.difference(case, config, inputs) is None, config
 
 
+def test_memory_is_poisoned_although_a_run_switched_the_filling_off(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    with verify.poisoned():
+        assert torch.empty(3).isnan().all()
+        assert (torch.empty(3, dtype=torch.uint8) == 255).all()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET is not 1")
 def test_an_address_outside_is_noticed():
     relu = sys.modules["actpress.kernels.masks"]

@@ -32,13 +32,7 @@ SIZES = {1: (1, 7, 7), 2: (2, 7, 9), 3: (1, 13, 10), 4: (3, 9, 9), 20: (1, 7, 6)
 TRIED = [(name, block) for name in CONVS for block in (1, 2, 3, 4) if "stem" not in name and name != "3x6"]
 TRIED += [("7x7 stem", 2), ("grouped stem", 2), ("3x6", 2), ("1x1", 20), ("3x3", 20)]
 SMALL = {"LANES": 64, "CHANNELS": 2, "num_warps": 2}  # fewer idle lanes than the default has for small maps
-pytestmark = pytest.mark.usefixtures("poisoned", "cublas")
-
-
-@pytest.fixture
-def cublas(monkeypatch):
-    """PyTorch refuses matrix products in its deterministic mode, which the poison needs, unless cuBLAS is told so too."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(name, block, align, device, dtype, memory_format=torch.contiguous_format):
