@@ -253,20 +253,20 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device
 
 @torch.library.custom_op("actpress::division_encode", mutates_args=())
 def _encode(
-    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str
+    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = dense(x)
+    x = dense_as(x, channels_last)
     return tuple(encode_reference(x, uniform_from(seed, x), kernel, bits, align, lfc))
 
 
 @_encode.register_fake
 def _(
-    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str
+    x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_empty_code(dense(x), kernel, bits, align))
+    return tuple(_empty_code(dense_as(x, channels_last), kernel, bits, align))
 
 
-launch.on_cuda(_encode, lambda *arguments: tuple(encode_triton(*arguments)))
+launch.on_cuda(_encode, lambda x, *how: tuple(encode_triton(dense_as(x, how[-1]), *how[:-1])))
 
 
 @torch.library.custom_op("actpress::division_decode", mutates_args=())
@@ -310,7 +310,7 @@ def _(lfc: Tensor, codes: Tensor, low: Tensor, step: Tensor, shape: Sequence[int
 def encode(x: Tensor, source: Source, kernel: Sequence[int], bits: int, align: str, lfc: str) -> Code:
     """x [N, C, H, W] of any strides and floating dtype -> Code, with noise from `source`. kernel: rows and columns of a block."""
     if launch.on_gpu(x):
-        return Code(*_encode(x, source.seed_for(x), kernel, bits, align, lfc))
+        return Code(*_encode(x, source.seed_for(x), kernel, bits, align, lfc, is_channels_last(x)))
     return encode_reference(x, source.uniform_like(x), kernel, bits, align, lfc)
 
 

@@ -210,29 +210,33 @@ def input_grad_triton(
 
 
 @torch.library.custom_op("actpress::few_bit_encode", mutates_args=())
-def _encode(x: Tensor, function: str, bits: int) -> Tensor:
-    return encode_reference(dense(x), function, bits)[0]
+def _encode(x: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
+    return encode_reference(dense_as(x, channels_last), function, bits)[0]
 
 
 @_encode.register_fake
-def _(x: Tensor, function: str, bits: int) -> Tensor:
+def _(x: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
     return _new_planes(x, bits)
 
 
-launch.on_cuda(_encode, encode_triton)
+launch.on_cuda(
+    _encode, lambda x, function, bits, channels_last: encode_triton(dense_as(x, channels_last), function, bits)
+)
 
 
 @torch.library.custom_op("actpress::few_bit_forward", mutates_args=())
-def _forward(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
-    return forward_reference(x, function, bits)
+def _forward(x: Tensor, function: str, bits: int, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return forward_reference(dense_as(x, channels_last), function, bits)
 
 
 @_forward.register_fake
-def _(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense(x)), _new_planes(x, bits)
+def _(x: Tensor, function: str, bits: int, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense_as(x, channels_last)), _new_planes(x, bits)
 
 
-launch.on_cuda(_forward, forward_triton)
+launch.on_cuda(
+    _forward, lambda x, function, bits, channels_last: forward_triton(dense_as(x, channels_last), function, bits)
+)
 
 
 @torch.library.custom_op("actpress::few_bit_input_grad", mutates_args=())
@@ -251,12 +255,16 @@ launch.on_cuda(_input_grad, input_grad_triton)
 def encode(x: Tensor, function: str, bits: int) -> Tensor:
     """x of any shape, strides and floating dtype -> bit planes of its codes, uint8 [bits, ceil(numel / 8)], in the order of dense(x):
     channels_last where x is."""
-    return _encode(x, function, bits) if launch.on_gpu(x) else encode_reference(dense(x), function, bits)[0]
+    if launch.on_gpu(x):
+        return _encode(x, function, bits, is_channels_last(x))
+    return encode_reference(dense(x), function, bits)[0]
 
 
 def forward(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
     """(function(x), encode(x)) from one read of x. On a GPU y may differ from stock's, see inverted.forward_triton."""
-    return _forward(x, function, bits) if launch.on_gpu(x) else forward_reference(x, function, bits)
+    return (
+        _forward(x, function, bits, is_channels_last(x)) if launch.on_gpu(x) else forward_reference(x, function, bits)
+    )
 
 
 def input_grad(dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:

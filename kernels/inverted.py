@@ -25,7 +25,7 @@ from .bits import pack8, packed_bytes, unpack8
 from .compare import DTYPES, least_not_below
 from .inverted_coefficients import COEFFICIENTS
 from .launch import tl, triton
-from .layout import dense, dense_as
+from .layout import dense, dense_as, is_channels_last
 from .masks import pack_mask_reference, unpack_mask_reference
 
 FUNCTIONS = tuple(COEFFICIENTS)  # gelu (erf), gelu_tanh, silu, quick_gelu
@@ -346,29 +346,29 @@ def input_grad_triton(
 
 
 @torch.library.custom_op("actpress::inverted_left_bits", mutates_args=())
-def _left_bits(x: Tensor, function: str) -> Tensor:
-    return left_bits_reference(x, function)
+def _left_bits(x: Tensor, function: str, channels_last: bool) -> Tensor:
+    return left_bits_reference(dense_as(x, channels_last), function)
 
 
 @_left_bits.register_fake
-def _(x: Tensor, function: str) -> Tensor:
+def _(x: Tensor, function: str, channels_last: bool) -> Tensor:
     return x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
 
 
-launch.on_cuda(_left_bits, left_bits_triton)
+launch.on_cuda(_left_bits, lambda x, function, channels_last: left_bits_triton(dense_as(x, channels_last), function))
 
 
 @torch.library.custom_op("actpress::inverted_forward", mutates_args=())
-def _forward(x: Tensor, function: str) -> tuple[Tensor, Tensor]:
-    return forward_reference(x, function)
+def _forward(x: Tensor, function: str, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return forward_reference(dense_as(x, channels_last), function)
 
 
 @_forward.register_fake
-def _(x: Tensor, function: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense(x)), x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
+def _(x: Tensor, function: str, channels_last: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense_as(x, channels_last)), x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
 
 
-launch.on_cuda(_forward, forward_triton)
+launch.on_cuda(_forward, lambda x, function, channels_last: forward_triton(dense_as(x, channels_last), function))
 
 
 @torch.library.custom_op("actpress::inverted_input_grad", mutates_args=())
@@ -388,12 +388,12 @@ launch.on_cuda(_input_grad, input_grad_triton)
 def left_bits(x: Tensor, function: str) -> Tensor:
     """x of any shape, strides and floating dtype -> is it left of the minimum of `function`? One bit per element, uint8 [ceil(numel / 8)],
     in the order of dense(x): channels_last where x is."""
-    return _left_bits(x, function) if launch.on_gpu(x) else left_bits_reference(x, function)
+    return _left_bits(x, function, is_channels_last(x)) if launch.on_gpu(x) else left_bits_reference(x, function)
 
 
 def forward(x: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """(function(x), left_bits(x)) from one read of x. On a GPU y may differ from stock's, see `forward_triton`."""
-    return _forward(x, function) if launch.on_gpu(x) else forward_reference(x, function)
+    return _forward(x, function, is_channels_last(x)) if launch.on_gpu(x) else forward_reference(x, function)
 
 
 def input_grad(dy: Tensor, y: Tensor, packed: Tensor, function: str, channels_last: bool) -> Tensor:

@@ -241,6 +241,12 @@ def pool(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     return _pool(x_NCHW, block, align) if launch.on_gpu(x_NCHW) else pool_reference(x_NCHW, block, align)
 
 
+def pool_max(x_NCHW: Tensor, block: int, align: str) -> Tensor:
+    """The greatest value of each block in place of its mean; no kernel."""
+    kernel = tuple(min(block, size) for size in x_NCHW.shape[2:])
+    return F.max_pool2d(x_NCHW, kernel, kernel, ceil_mode=align == "ceil")
+
+
 def cases() -> list[launch.Case]:
     """A ResNet-50 activation at batch 64: 64 x 256 x 56 x 56."""
     return [

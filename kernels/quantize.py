@@ -31,7 +31,7 @@ from . import quantize_triton as kernels
 from .bits import BITS, pack, packed_bytes, unpack
 from .groups import GROUPINGS, LARGEST, Cut, cut
 from .launch import triton
-from .layout import dense, is_channels_last
+from .layout import dense, dense_as, is_channels_last
 from .noise import Source, uniform_from, uniform_reference
 from .rounding import bf16_ceil, bf16_floor
 
@@ -278,18 +278,23 @@ def _options(config: launch.Config, elements: int = 0) -> dict[str, int | bool]:
 
 
 @torch.library.custom_op("actpress::quantize_encode", mutates_args=())
-def _encode(x: Tensor, seed: Tensor | None, grouping: str, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(
+    x: Tensor, seed: Tensor | None, grouping: str, size: int, bits: int, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense_as(x, channels_last)
     return tuple(encode_reference(x, None if seed is None else uniform_from(seed, x), grouping, size, bits))
 
 
 @_encode.register_fake
-def _(x: Tensor, seed: Tensor | None, grouping: str, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    groups = cut(x.shape, is_channels_last(x), grouping, size).groups
+def _(
+    x: Tensor, seed: Tensor | None, grouping: str, size: int, bits: int, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = cut(x.shape, is_channels_last(dense_as(x, channels_last)), grouping, size).groups
     codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
     return codes, x.new_empty(groups, dtype=torch.bfloat16), x.new_empty(groups, dtype=torch.bfloat16)
 
 
-launch.on_cuda(_encode, lambda *arguments: tuple(encode_triton(*arguments)))
+launch.on_cuda(_encode, lambda x, *how: tuple(encode_triton(dense_as(x, how[-1]), *how[:-1])))
 
 
 @torch.library.custom_op("actpress::quantize_decode", mutates_args=())
@@ -331,7 +336,8 @@ def encode(
     size is of "group" alone, 1 to LARGEST. Raises ValueError for other values than GROUPINGS, BITS and LEVELS hold."""
     _check(grouping, size, bits, levels)
     if launch.on_gpu(x):
-        return Code(*_encode(x, None if source is None else source.seed_for(x), grouping, size, bits))
+        seed = None if source is None else source.seed_for(x)
+        return Code(*_encode(x, seed, grouping, size, bits, is_channels_last(x)))
     return encode_reference(x, None if source is None else source.uniform_like(x), grouping, size, bits)
 
 

@@ -4,6 +4,9 @@ python scripts/compile_kernels.py                 all kernels x dtypes x configu
 python scripts/compile_kernels.py division relu   only cases whose name starts so; printed, not written
 python scripts/compile_kernels.py --check         exit 1 for spills in a default configuration, an overflow, an aot.csv that is out of date
 
+code is a digest of what Triton hands its backend: the kernel's intermediate code, options and the version of Triton. Rows of aot.csv whose
+code is still the same are taken over, all else is compiled. --check compiles the defaults for sm_90 in any case.
+
 Registers per thread, bytes of spills (stores and loads), stack and static shared memory are what ptxas reports when Triton calls it;
 dynamic shared memory is what Triton asks for at launch. Arguments are specialised as at run time for the sizes of the cases. overflow:
 32-bit arithmetic that may overflow on its way to an address when the launch grows, see scripts/offsets.py; of a kernel with a constant
@@ -15,6 +18,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import re
@@ -28,8 +32,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 import offsets
 from actpress.kernels import launch, registry
@@ -37,16 +42,8 @@ from actpress.kernels import launch, registry
 TARGET = Path(__file__).resolve().parents[1] / "results" / "kernels" / "aot.csv"
 ARCHITECTURES = (80, 90)
 KEY = ("case", "launch", "kernel", "dtype", "config", "arch")
-FIELDS = (
-    *KEY,
-    "registers",
-    "spill_bytes",
-    "stack_bytes",
-    "static_shared_bytes",
-    "dynamic_shared_bytes",
-    "overflow",
-    "triton",
-)
+MEASURED = ("registers", "spill_bytes", "stack_bytes", "static_shared_bytes", "dynamic_shared_bytes")
+FIELDS = (*KEY, *MEASURED, "overflow", "code", "triton")
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -116,41 +113,34 @@ def source(wanted: launch.Launch) -> ASTSource:
     return ASTSource(wanted.kernel, signature, constants, attributes)
 
 
-def compile_jobs(same: list[Job]) -> list[tuple[Job, dict[str, str]]]:
-    """Rows of the table for jobs that give the same code."""
-    first = same[0].wanted()
+def rows_of(same: list[Job], anew: bool, known: Mapping[str, dict[str, str]]) -> list[tuple[Job, dict[str, str]]]:
+    """Rows of the table for jobs that give the same code. known: rows by their code; anew: compile also where there is one."""
+    wanted, arch = same[0].wanted(), same[0].arch
     try:
-        compiled, report = compiled_and_report(first, same[0].arch)
-        wide = widened(first)
-        code = (compiled if wide is first else compiled_and_report(wide, same[0].arch)[0]).asm["ttir"]
+        code = lowered(wanted, arch)
+        wide = widened(wanted)
+        wide_code = code if wide is wanted else lowered(wide, arch)
+        digest = hashlib.sha256(f"{code} {wanted.options} {arch} {triton.__version__}".encode()).hexdigest()[:12]
+        measured = known[digest] if digest in known and not anew else compiled(wanted, arch)
     except Exception as error:
         error.add_note(str(same[0]))
         raise
-    measured = {
-        "registers": largest(r"Used (\d+) registers", report),
-        "spill_bytes": largest(r"(\d+) bytes spill stores", report) + largest(r"(\d+) bytes spill loads", report),
-        "stack_bytes": largest(r"(\d+) bytes stack frame", report),
-        "static_shared_bytes": largest(r"(\d+) bytes smem", report, default=0),
-        "dynamic_shared_bytes": compiled.metadata.shared,
-        "triton": triton.__version__,
-    }
-    return [(job, row(job, measured, code)) for job in same]
+    measured = {field: str(measured[field]) for field in MEASURED}
+    return [(job, row(job, wide_code) | measured | {"code": digest, "triton": triton.__version__}) for job in same]
 
 
-def row(job: Job, measured: Mapping[str, Any], code: str) -> dict[str, str]:
+def row(job: Job, code: str) -> dict[str, str]:
     case, wanted = all_cases()[job.case], widened(job.wanted())
     names = [name for name, kind in source(wanted).signature.items() if kind != "constexpr"]
-    values = {
+    return {
         "case": job.case,
-        "launch": job.launch + 1,
+        "launch": str(job.launch + 1),
         "kernel": wanted.kernel.__name__,
         "dtype": registry.name_of(job.dtype),
         "config": registry.describe(case, case.configs[job.config]),
         "arch": f"sm_{job.arch}",
         "overflow": "; ".join(offsets.overflows(code, [wanted.arguments[name] for name in names], wanted.grid)),
-        **measured,
     }
-    return {field: str(values[field]) for field in FIELDS}
 
 
 def widened(wanted: launch.Launch) -> launch.Launch:
@@ -158,6 +148,30 @@ def widened(wanted: launch.Launch) -> launch.Launch:
     if wanted.arguments.get("WIDE") is not False:
         return wanted
     return dataclasses.replace(wanted, arguments={**wanted.arguments, "WIDE": True})
+
+
+def lowered(wanted: launch.Launch, arch: int) -> str:
+    """Triton's intermediate code (TTIR), with which its backend begins."""
+    target = GPUTarget("cuda", arch, 32)
+    backend, code, context, stages = make_backend(target), source(wanted), ir.context(), {}
+    options = backend.parse_options(dict(wanted.options))
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    made = code.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    backend.add_stages(stages, options, code.language)
+    return stages["ttir"](made, {}).str_nodebug()
+
+
+def compiled(wanted: launch.Launch, arch: int) -> dict[str, int]:
+    """What ptxas and Triton say of the compiled kernel."""
+    kernel, report = compiled_and_report(wanted, arch)
+    return {
+        "registers": largest(r"Used (\d+) registers", report),
+        "spill_bytes": largest(r"(\d+) bytes spill stores", report) + largest(r"(\d+) bytes spill loads", report),
+        "stack_bytes": largest(r"(\d+) bytes stack frame", report),
+        "static_shared_bytes": largest(r"(\d+) bytes smem", report, default=0),
+        "dynamic_shared_bytes": kernel.metadata.shared,
+    }
 
 
 def compiled_and_report(wanted: launch.Launch, arch: int) -> tuple[Any, str]:
@@ -209,18 +223,16 @@ def main() -> int:
         chosen = registry.cases_named(options.cases)
     except ValueError as error:
         parser.error(str(error))
+    committed = read(options.cases)
     todo = jobs(chosen)
+    known = {row["code"]: row for row in committed}
+    anew = [options.check and any(job.config == 0 and job.arch == 90 for job in same) for same in todo.values()]
     with ProcessPoolExecutor(options.workers) as pool:
-        done = dict(pair for pairs in pool.map(compile_jobs, todo.values(), chunksize=4) for pair in pairs)
+        made = pool.map(functools.partial(rows_of, known=known), todo.values(), anew, chunksize=4)
+        done = dict(pair for pairs in made for pair in pairs)
     order = {name: i for i, name in enumerate(chosen)}
     rows = [done[job] for job in sorted(done, key=lambda job: (order[job.case], str(job.dtype), *job[2:]))]
     if options.check:
-        committed = []
-        if TARGET.is_file():
-            with TARGET.open(newline="") as file:
-                committed = [
-                    row for row in csv.DictReader(file) if row["case"].startswith(tuple(options.cases or [""]))
-                ]
         found = problems(rows, committed)
         print("\n".join([*found, f"{len(rows)} launches of {len(todo)} kernels, {len(found)} problems"]))
         return bool(found)
@@ -232,6 +244,14 @@ def main() -> int:
         write(file, rows)
     print(f"{TARGET}: {len(rows)} launches of {len(todo)} kernels")
     return 0
+
+
+def read(prefixes: Iterable[str]) -> list[dict[str, str]]:
+    """The table as it is, rows of cases whose name starts with one of `prefixes`, or all; empty where there is none."""
+    if not TARGET.is_file():
+        return []
+    with TARGET.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["case"].startswith(tuple(prefixes) or "")]
 
 
 def write(file: Any, rows: list[dict[str, str]]) -> None:

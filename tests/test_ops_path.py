@@ -130,9 +130,20 @@ def test_compiled(case, memory_format, monkeypatch):
 def test_compiled_by_inductor(monkeypatch):
     layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.ReLU(inplace=True))
     case = Case(lambda: nn.Sequential(*copy.deepcopy(layers)), (2, 3, 9, 7), Pooling(block=1))
+    assert_inductor_agrees(case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["division", "quantize", "pooling", "inverted", "few-bit", "max pool"])
+def test_every_method_compiled_by_inductor(name, monkeypatch):
+    assert_inductor_agrees(CASES[name], monkeypatch)
+
+
+def assert_inductor_agrees(case, monkeypatch):
     ours, expected = compiled_both_ways(case, torch.channels_last, monkeypatch, backend="inductor")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(ours[name], tensor, msg=lambda m, name=name: f"{name}: {m}")  # fused otherwise
+    for name, tensor in expected.items():  # fused otherwise; noise as in test_compiled
+        error = (ours[name] - tensor).norm() / tensor.norm()
+        assert error < (0.02 if case.noisy else 1e-5), f"{name}: relative error {error:.1e}"
 
 
 def compiled_both_ways(case, memory_format, monkeypatch, backend):
