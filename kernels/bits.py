@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .launch import tl, triton
 
 BITS = (1, 2, 4, 8)
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes; the lowest comes first
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -26,20 +27,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     if per_byte == 1:
         return codes.clone()
-    codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # [bytes, codes of one byte]
-    packed = codes[:, 0].clone()
-    for i in range(1, per_byte):
-        packed |= codes[:, i] << (i * bits)
-    return packed
+    codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # a copy: [bytes, codes of one byte]
+    words = codes.view(_WORDS[per_byte]).squeeze(1)
+    for doubling in range(per_byte.bit_length() - 1):  # neighbours move together, then pairs, then fours
+        words |= words >> ((8 - bits) << doubling)
+    return words.to(torch.uint8)  # the lowest byte
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [packed_bytes] -> uint8 [count]."""
-    if bits == 8:
+    per_byte = 8 // bits
+    if per_byte == 1:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    codes = (packed[:, None] >> shifts) & (2**bits - 1)
-    return codes.view(-1)[:count]
+    words = packed.to(_WORDS[per_byte])
+    for doubling in range(per_byte.bit_length() - 1):  # each copy brings other codes to the foot of their bytes
+        words |= words << ((8 - bits) << doubling)
+    words &= int.from_bytes([2**bits - 1] * per_byte, "little")
+    return words.view(torch.uint8)[:count]
 
 
 @triton.jit

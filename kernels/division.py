@@ -24,7 +24,7 @@ resizing spreads the means over the map, which misplaces them when k does not di
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -43,6 +43,7 @@ from .noise import Source, uniform_from, uniform_reference
 
 ALIGN = ("ceil", "authors")
 LFC = ("auto", "always")
+_PART = 2**18  # elements that the reference takes at a time, per thread
 L2 = 24 * 2**20  # bytes of x that a GPU's last cache keeps from one kernel to the next: half of an H100's
 
 
@@ -66,25 +67,24 @@ def encode_reference(
     x: Tensor, noise: Tensor, kernel: tuple[int, int], bits: int, align: str, lfc: str = "always"
 ) -> Code:
     """x [N, C, H, W] (fp64, fp32, fp16 or bf16; contiguous or channels_last), noise fp32 of x's shape -> Code."""
+    parts = (_encode_part(*part, kernel, 2**bits - 1, align, lfc) for part in _in_parts(x, noise))
+    means, codes, low, step = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Code(means, pack(codes.permute(0, 2, 3, 1) if is_channels_last(x) else codes, bits), low, step)
+
+
+def _encode_part(
+    x: Tensor, noise: Tensor, kernel: tuple[int, int], levels: int, align: str, lfc: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(means, codes, low, step) of some images, codes not packed: uint8 of x's shape."""
     x = x.to(_compute_dtype(x.dtype))
     means = F.avg_pool2d(x, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False).to(torch.bfloat16)
-    levels = 2**bits - 1
-    steps, low, step = _quantise(x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align), levels)
-    if lfc == "auto" and means.shape[2:] != (
-        1,
-        1,
-    ):  # a single mean only shifts the map: both ways differ by rounding alone
-        plain_steps, plain_low, plain_step = _quantise(x, levels)
-        plain = _expected_error(plain_steps, plain_step) < _expected_error(steps, step)  # [N, C, 1, 1]
+    hfc = x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align)
+    if lfc == "auto" and means.shape[2:] != (1, 1):  # a single mean only shifts the map: both ways differ by rounding
+        plain = _expected_error(x, levels) < _expected_error(hfc, levels)  # [N, C, 1, 1]
         means = means.masked_fill_(plain, 0)
-        steps, low, step = (
-            torch.where(plain, ours, theirs)
-            for ours, theirs in ((plain_steps, steps), (plain_low, low), (plain_step, step))
-        )
-    codes = steps.add_(noise).floor_().clamp_(0, levels).to(torch.uint8)
-    if is_channels_last(x):
-        codes = codes.permute(0, 2, 3, 1)
-    return Code(means, pack(codes, bits), low, step)
+        hfc = x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align)
+    steps, low, step = _quantise(hfc, levels)
+    return means, steps.add_(noise).floor_().clamp_(0, levels).to(torch.uint8), low, step
 
 
 def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,10 +96,11 @@ def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     return (hfc - low.to(hfc.dtype)).mul_(inverse), low, step
 
 
-def _expected_error(steps: Tensor, step: Tensor) -> Tensor:
+def _expected_error(hfc: Tensor, levels: int) -> Tensor:
     """Expected squared error of stochastic rounding, summed over each map: step^2 f (1 - f), f the fraction that is rounded away."""
-    fraction = steps.frac()
-    return (fraction - fraction.square()).sum((2, 3), keepdim=True).mul_(step.to(steps.dtype).square())
+    steps, _, step = _quantise(hfc, levels)
+    fraction = steps.frac_()
+    return fraction.sub_(fraction.square()).sum((2, 3), keepdim=True).mul_(step.to(steps.dtype).square())
 
 
 def decode_reference(
@@ -115,21 +116,37 @@ def decode_reference(
     """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor. Zero where `mask`, packed in that
     memory's order (masks.py), is 0."""
     n, c, h, w = shape
-    compute = _compute_dtype(dtype)
-    codes = unpack(code.codes, bits, n * c * h * w).to(compute)
-    x = codes.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else codes.view(n, c, h, w)
-    x = x.mul_(code.step.to(compute)).add_(code.low.to(compute))
-    x = x.add_(_upsample(code.lfc.to(compute), (h, w), kernel, align)).to(dtype)
+    codes = unpack(code.codes, bits, n * c * h * w)
+    codes = codes.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else codes.view(n, c, h, w)
+    parts = _in_parts(codes, code.lfc, code.low, code.step)
+    x = torch.cat([_decode_part(*part, dtype, kernel, align) for part in parts])
     return x if mask is None else x.masked_fill_(~unpack_mask_reference(mask, shape, channels_last), 0)
+
+
+def _decode_part(
+    codes: Tensor, lfc: Tensor, low: Tensor, step: Tensor, dtype: torch.dtype, kernel: tuple[int, int], align: str
+) -> Tensor:
+    compute = _compute_dtype(dtype)
+    x = codes.to(compute).mul_(step.to(compute)).add_(low.to(compute))
+    return x.add_(_upsample(lfc.to(compute), x.shape[2:], kernel, align)).to(dtype)
+
+
+def _in_parts(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """x and the others cut alike into parts of some images, so small that what is computed of a part stays in a CPU's cache; on other
+    devices, and where operations are only traced, one part."""
+    if not x.is_cpu or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return [(x, *others)]
+    threads = torch.get_num_threads()
+    images = max(threads, 2)  # at least, in a part: sums over a map are then the same as over all images, to the bit
+    parts = max(min(x.numel() // (_PART * threads), x.shape[0] // images), 1)
+    return zip(*(t.tensor_split(parts) for t in (x, *others)), strict=True)
 
 
 def _upsample(lfc: Tensor, size: tuple[int, int], kernel: tuple[int, int], align: str) -> Tensor:
     if align == "authors":
         return F.interpolate(lfc, size=tuple(size), mode="nearest")
-    for axis, (length, k) in enumerate(zip(size, kernel, strict=True), start=2):
-        if k > 1:
-            block = torch.arange(length, device=lfc.device) // k
-            lfc = lfc.index_select(axis, block)
+    for axis in (3, 2):  # columns first, while there are few rows
+        lfc = lfc.repeat_interleave(kernel[axis - 2], axis).narrow(axis, 0, size[axis - 2])
     return lfc
 
 

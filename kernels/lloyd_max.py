@@ -8,13 +8,14 @@ The levels minimise the expected squared error of the nearest one for a standard
 (Lloyd-Max). They end at .80, 1.51 and 2.73 deviations with 1, 2 and 4 bits: stochastic rounding is unbiased between the outermost levels,
 and takes what lies beyond for the outermost level.
 
-Bits per element: Q + 64 / (N * H * W). A channel that holds a NaN or an infinity decodes to NaN throughout.
+Bits per element: Q + 64 / (N * H * W). Q is log2(len(levels)). A channel that holds a NaN or an infinity decodes to NaN throughout.
 
 Sources: Max, "Quantizing for minimum distortion", 1960; Lloyd, "Least squares quantization in PCM", 1982. A study in plain PyTorch: slow,
 no kernel.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from .bits import pack, packed_bytes, unpack
 from .layout import is_channels_last
 
 BITS = (1, 2, 4)
+Levels = tuple[float, ...]  # 2^Q, ascending
 
 
 class Code(NamedTuple):
@@ -36,14 +38,8 @@ class Code(NamedTuple):
     deviation: Tensor  # fp32 [C]
 
 
-def code_bytes(shape: torch.Size, bits: int) -> int:
-    """Bytes of the Code of a map of this shape."""
-    return packed_bytes(math.prod(shape), bits) + 8 * shape[1]
-
-
-@torch.compiler.assume_constant_result
 @cache
-def normal_levels(bits: int) -> tuple[float, ...]:
+def normal_levels(bits: int) -> Levels:
     """The 2^bits Lloyd-Max levels of a standard normal, ascending, to about 1e-10."""
     levels = [4 * (i + 0.5) / 2**bits - 2 for i in range(2**bits)]
     change = math.inf
@@ -55,7 +51,7 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     return tuple(levels)
 
 
-def _midpoints(levels: list[float] | tuple[float, ...]) -> list[float]:
+def _midpoints(levels: Sequence[float]) -> list[float]:
     return [(a + b) / 2 for a, b in pairwise(levels)]
 
 
@@ -65,9 +61,13 @@ def _normal_mean(a: float, b: float) -> float:
     return density * math.sqrt(2 / math.pi) / (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2)))
 
 
-def encode_reference(x_NCHW: Tensor, noise: Tensor | None, bits: int) -> Code:
+def code_bytes(shape: torch.Size, levels: Levels) -> int:
+    """Bytes of the Code of a map of this shape."""
+    return packed_bytes(math.prod(shape), _bits(levels)) + 8 * shape[1]
+
+
+def encode_reference(x_NCHW: Tensor, noise: Tensor | None, levels: Levels) -> Code:
     """x (fp64, fp32, fp16 or bf16), noise uniform in [0, 1) of x's shape, or None for the nearest -> Code."""
-    levels, channels_last = normal_levels(bits), is_channels_last(x_NCHW)
     x = x_NCHW.to(_compute_dtype(x_NCHW.dtype))
     deviation, mean = (t.float() for t in torch.std_mean(x, (0, 2, 3), correction=0))
     inverse = torch.where(deviation > 0, 1 / deviation.to(x.dtype), deviation.to(x.dtype))  # 0, and NaN, stay
@@ -79,20 +79,25 @@ def encode_reference(x_NCHW: Tensor, noise: Tensor | None, bits: int) -> Code:
         codes = _count_up_to(z, levels[1:-1])
         below, above = table[codes.int()], table[codes.int() + 1]
         codes += noise < (z - below) / (above - below)
-    return Code(pack(codes.permute(0, 2, 3, 1) if channels_last else codes, bits), mean, deviation)
+    in_memory_order = codes.permute(0, 2, 3, 1) if is_channels_last(x_NCHW) else codes
+    return Code(pack(in_memory_order, _bits(levels)), mean, deviation)
 
 
-def decode_reference(code: Code, shape: torch.Size, dtype: torch.dtype, channels_last: bool, bits: int) -> Tensor:
+def decode_reference(code: Code, shape: torch.Size, dtype: torch.dtype, channels_last: bool, levels: Levels) -> Tensor:
     """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor."""
     n, c, h, w = shape
     compute = _compute_dtype(dtype)
-    table = torch.tensor(normal_levels(bits), dtype=compute, device=code.codes.device)
-    z = table[unpack(code.codes, bits, math.prod(shape)).int()]
+    table = torch.tensor(levels, dtype=compute, device=code.codes.device)
+    z = table[unpack(code.codes, _bits(levels), math.prod(shape)).int()]
     z = z.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else z.view(n, c, h, w)
     return z.mul_(_per_channel(code.deviation, compute)).add_(_per_channel(code.mean, compute)).to(dtype)
 
 
-def _count_up_to(z: Tensor, borders: list[float] | tuple[float, ...]) -> Tensor:
+def _bits(levels: Levels) -> int:
+    return len(levels).bit_length() - 1
+
+
+def _count_up_to(z: Tensor, borders: Sequence[float]) -> Tensor:
     """How many of the borders each z has reached, uint8."""
     count = torch.zeros_like(z, dtype=torch.uint8)
     for border in borders:

@@ -21,7 +21,7 @@ import matplotlib
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from actpress import record, tables
+from actpress import fidelity, record, tables
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -135,30 +135,45 @@ def fidelity_part(page: dict[str, Any]) -> dict[str, Any]:
         found = {method: record.read(RESULTS / "fidelity" / f"{name}.json") for method, name in ids.items()}
         environments += [entry["environment"] for entry in found.values()]
         if found:
-            groups.append({"where": where, "rows": fidelity_rows(found, ids), "figure": by_layer(where, found)})
-    return {"groups": groups, "provenance": provenance(environments)}
+            draw = by_layer if len(found) <= len(COLOURS) else by_method
+            groups.append({"where": where, "rows": fidelity_rows(found, ids), "figure": draw(where, found)})
+    return {"groups": groups, "provenance": provenance(environments), "head": fidelity.HEAD}
 
 
 def fidelity_rows(found: dict[str, dict], ids: dict[str, str]) -> list[dict[str, Any]]:
-    rows = []
-    for method, entry in found.items():
-        total = entry["figures"]["total"]
-        cosines = [entry["figures"][layer]["cosine"] for layer in entry["layers"]]
-        excess = "deterministic" if total["excess"] is None else f"{total['excess']:.1f}"
-        cells = [
-            f"{total['cosine']:.4f} ± {total['cosine_sd']:.4f}",
-            f"{total['norm_ratio']:.3f}",
-            f"{total['bias']:.4f}",
-        ]
-        cells += [
-            f"{total['noise']:.4f}",
-            excess,
-            f"{min(cosines):.4f}",
-            f"{statistics.median(cosines):.4f}",
-            total["n"],
-        ]
-        rows.append({"method": method, "cells": cells, "link": f"fidelity/{ids[method]}.json"})
-    return rows
+    return [
+        {
+            "method": method,
+            "cells": fidelity.cells(entry["figures"], entry["layers"], entry["saved_share"]),
+            "link": f"fidelity/{ids[method]}.json",
+        }
+        for method, entry in found.items()
+    ]
+
+
+def by_method(where: str, found: dict[str, dict]) -> Markup:
+    """Cosine of the total gradient, bars one sd, and the median of its layers, a line of text per method with the bytes it keeps."""
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.22 * len(found)))
+    totals = [entry["figures"]["total"] for entry in found.values()]
+    medians = [
+        statistics.median(entry["figures"][layer]["cosine"] for layer in entry["layers"]) for entry in found.values()
+    ]
+    places = range(len(found))
+    spread = [total["cosine_sd"] for total in totals]
+    axes.errorbar(
+        [t["cosine"] for t in totals], places, xerr=spread, fmt="o", color=COLOURS[0], capsize=2, label="total"
+    )
+    axes.plot(medians, places, "D", color=COLOURS[1], mfc="none", label="median of layers")
+    texts = [
+        f"{method}: {entry['saved_share']:.1%}, n={total['n']}"
+        for (method, entry), total in zip(found.items(), totals, strict=True)
+    ]
+    axes.set_yticks(places, texts)
+    axes.invert_yaxis()
+    axes.grid(axis="x", lw=0.3)
+    axes.set(xlabel="cosine to the exact gradient", title=f"{where}: bytes kept, of stock; number of gradients")
+    axes.legend(fontsize=7, frameon=False)
+    return svg(figure, f"cosine of the gradient by method, {where}")
 
 
 def by_layer(where: str, found: dict[str, dict]) -> Markup:
@@ -167,7 +182,8 @@ def by_layer(where: str, found: dict[str, dict]) -> Markup:
     for (method, entry), colour in zip(found.items(), COLOURS * 9, strict=False):
         figures = [entry["figures"][layer] for layer in entry["layers"]]
         values, spread = [f["cosine"] for f in figures], [f["cosine_sd"] for f in figures]
-        axes.errorbar(range(len(values)), values, spread, label=method, color=colour, marker=".", lw=1, capsize=2)
+        label = f"{method} (n={figures[0]['n']})"
+        axes.errorbar(range(len(values)), values, spread, label=label, color=colour, marker=".", lw=1, capsize=2)
     axes.set(xlabel="layer, from input to output", ylabel="cosine to the exact gradient", title=where)
     axes.legend(fontsize=7, ncols=2, frameon=False)
     return svg(figure, f"cosine of weight gradients by layer, {where}")

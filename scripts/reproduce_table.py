@@ -163,7 +163,7 @@ def make_fidelity(table: tables.Table) -> str:
         cells = [cell for cell in table.cells if cell.labels.get("network", "") == network]
         for weights in table.fidelity["weights"]:
             missing = tuple(dict.fromkeys(need for cell in cells for need in lacking(cell)))
-            found = {} if missing else {cell.labels["method"]: gradients(table, cell, weights) for cell in cells}
+            found = {} if missing else {name_of(cell): gradients(table, cell, weights) for cell in cells}
             measured[f"{network} {weights}".strip()] = found
             body += [f"### {', '.join(filter(None, (network, f'{weights} weights')))}", ""]
             if missing:
@@ -173,7 +173,8 @@ def make_fidelity(table: tables.Table) -> str:
             figures = {method: entry["figures"] for method, entry in found.items()}
             layers = next(iter(found.values()))["layers"]
             pair = tuple(table.fidelity["pair"]) if table.fidelity["pair"] else None
-            body += [fidelity.summary(figures, layers), "", "<details><summary>layer by layer</summary>", ""]
+            shares = {method: entry["saved_share"] for method, entry in found.items()}
+            body += [fidelity.summary(figures, layers, shares), "", "<details><summary>layer by layer</summary>", ""]
             body += [fidelity.render(figures, layers, pair), "", "</details>", ""]
     head = [f"## {table.title}", "", f"Source: {table.source}.", ""]
     text = "\n".join([*head, *body, *(f"- {note}" for note in table.notes), "", provenance(table, environments), ""])
@@ -184,6 +185,11 @@ def make_fidelity(table: tables.Table) -> str:
     record.write(PAGES / f"{table.name}.json", about | {"gradients": ids})
     write_text(PAGES / f"{table.name}.md", text)
     return text
+
+
+def name_of(cell: tables.Cell) -> str:
+    """What a line of a fidelity table is called."""
+    return ", ".join(str(value) for label, value in cell.labels.items() if label != "network")
 
 
 def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any]:
@@ -208,7 +214,8 @@ def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str,
         model.load_state_dict(state)
     examples = settings["examples"] or cfg.recipe.batch_size
     batches = [(x[:examples], y[:examples]) for x, y in islice(images.train, settings["batches"])]
-    found = fidelity.compare(model, {"": hydra.utils.instantiate(own.method)}, batches, settings["draws"])[""]
+    method = hydra.utils.instantiate(own.method)
+    found = fidelity.compare(model, {"": method}, batches, settings["draws"])[""]
     entry = {
         "id": name,
         "network": record.run_id(cfg),
@@ -217,6 +224,7 @@ def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str,
         **settings,
         "layers": [name for name, p in model.named_parameters() if fidelity.is_layer_weight(name, p)],
         "figures": found,
+        "saved_share": fidelity.saved_share(model, method, batches[0]),
         "seconds": time.perf_counter() - start,
         "environment": record.environment("cpu"),
     }

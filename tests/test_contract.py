@@ -1,4 +1,4 @@
-"""What every method promises, for every file in configs/method."""
+"""What every method promises, for every file in configs/method, and for options that keep something else than the default does."""
 
 import copy
 import io
@@ -19,10 +19,15 @@ import actpress
 from actpress import measure
 from actpress.codec import Like
 from actpress.kernels.layout import is_channels_last
-from actpress.methods import Division
+from actpress.methods import Division, Pooling, Quantize
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs/method").glob("*.yaml"))
 METHODS = {path.stem: hydra.utils.instantiate(OmegaConf.load(path)) for path in CONFIGS}
+METHODS |= {
+    "division, ReLU masks": Division(relu_mask=True),
+    "pooling, maxima": Pooling(reduce="max"),
+    "quantize, normal levels and ReLU masks": Quantize(levels="normal", relu_mask=True),
+}
 
 
 class Block(nn.Module):
@@ -325,6 +330,7 @@ def test_works_inside_a_checkpoint(pair):
 
 
 def test_compiles_in_one_graph(pair):
+    torch.compiler.reset()  # more methods than Dynamo would compile one function for
     x, y = batch()
     ours = pair[1]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

@@ -45,8 +45,17 @@ def test_bias_of_an_unbiased_method_is_what_chance_explains():
 
 
 def test_summary_has_a_line_per_method(found):
-    lines = fidelity.summary(found, ["0.weight", "2.weight"]).splitlines()
-    assert len(lines) == 2 + len(found) and "deterministic" in lines[2] and "| 6 |" in lines[3]
+    lines = fidelity.summary(found, ["0.weight", "2.weight"], dict.fromkeys(found, 0.25)).splitlines()
+    assert (
+        len(lines) == 2 + len(found) and "deterministic" in lines[2] and "| 25.0% |" in lines[3] and "| 6 |" in lines[3]
+    )
+
+
+def test_saved_share():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    batch = (torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))
+    assert fidelity.saved_share(net, Stock(), batch) == 1
+    assert 2 / 32 < fidelity.saved_share(net, Division(), batch) < 4 / 32
 
 
 def test_rendered_lines_count_who_is_closer(found):

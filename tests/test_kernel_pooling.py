@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from actpress.codec import Context, Conv, Like
-from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_reference, upsample_reference
+from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_max, pool_reference, upsample_reference
 from actpress.methods.pooling import PoolingCodec
 
 # (channels in, out, kernel, stride, padding, dilation, groups)
@@ -57,6 +57,23 @@ def test_aligned_means_are_those_of_what_each_block_covers(size, block):
             assert torch.equal(
                 upsampled[:, :, r, c], pooled[:, :, i : i + 1, j : j + 1].expand_as(upsampled[:, :, r, c])
             )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 5)], ids=str)
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_maxima_are_those_of_the_blocks_that_means_are_of(size, block, memory_format):
+    x = torch.randn(2, 3, *size).to(memory_format=memory_format)
+    kernel = [min(block, length) for length in size]
+    for align, end in (("ceil", 0), ("authors", 1)):  # floor mode leaves out an incomplete block
+        pooled = pool_max(x, block, align)
+        assert pooled.shape == pool_reference(x, block, align).shape and pooled.dtype == x.dtype
+        assert pooled.is_contiguous(memory_format=memory_format)
+        rows, columns = (
+            [slice(i, min(i + k, n)) for i in range(0, n - end * (k - 1), k)] for n, k in zip(size, kernel, strict=True)
+        )
+        expected = torch.stack([torch.stack([x[:, :, r, c].amax((2, 3)) for c in columns], -1) for r in rows], -2)
+        assert torch.equal(pooled, expected), align
 
 
 def test_official_floor_mode_drops_the_end_and_pads_the_start_with_zeros():

@@ -27,11 +27,12 @@ def gradients(net, x):
     return {name: p.grad for name, p in net.named_parameters()} | {"x": leaf.grad}
 
 
+@pytest.mark.parametrize("reduce", ["mean", "max"])
 @pytest.mark.parametrize("size", [8, 15])
-def test_input_and_bias_gradients_are_exact_and_weight_gradients_are_those_at_the_decoded_input(size):
+def test_input_and_bias_gradients_are_exact_and_weight_gradients_are_those_at_the_decoded_input(size, reduce):
     stock, x = convnet(), torch.randn(2, 3, size, size)
     ours = copy.deepcopy(stock)
-    actpress.apply(ours, Pooling(2))
+    actpress.apply(ours, Pooling(2, reduce=reduce))
     exact, got = gradients(stock, x), gradients(ours, x)
     for name in ("x", "1.weight", "1.bias", "3.bias"):
         torch.testing.assert_close(
@@ -58,10 +59,11 @@ def test_block_1_is_lossless():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("reduce", ["mean", "max"])
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_saved_bytes_follow_the_formula(block):
+def test_saved_bytes_follow_the_formula(block, reduce):
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 11, 7)
-    actpress.apply(net, Pooling(block))
+    actpress.apply(net, Pooling(block, reduce=reduce))
     blocks = -(-11 // block) * -(-7 // block)
     mask = -(-2 * 8 * 77 // 8)
     assert measure.saved_bytes(lambda: net(x).sum()) == 2 * (3 + 8) * blocks * 4 + mask
@@ -84,8 +86,9 @@ def test_saves_what_masks_and_one_pooled_copy_promise(name, k2, k4):
 
 def test_stages_choose_the_block_by_name():
     net = convnet()
-    actpress.apply(net, Pooling(2, stages={"0": 1, "[0-9]": 4}))
+    actpress.apply(net, Pooling(2, stages={"0": 1, "[0-9]": 4}, reduce="max"))
     assert (net[0].codec.block, net[3].codec.block) == (1, 4)
+    assert net[0].codec.reduce == net[3].codec.reduce == "max"
 
 
 def test_stock_relu_leaves_everything_but_convolutions():
@@ -100,6 +103,7 @@ def test_stock_relu_leaves_everything_but_convolutions():
         ({"block": 0}, r"block=0, allowed: integers from 1"),
         ({"align": "floor"}, r"align='floor', allowed: ceil, authors"),
         ({"relu": "bits"}, r"relu='bits', allowed: mask, stock"),
+        ({"reduce": "min"}, r"reduce='min', allowed: mean, max"),
         ({"stages": {"layer1.*": 1.5}}, r"stages\['layer1.\*'\]=1.5, allowed: integers from 1"),
     ],
 )

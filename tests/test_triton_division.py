@@ -261,10 +261,10 @@ def test_past_two_to_the_31_elements():
 
 def test_operations_pass_opcheck():
     x = torch.randn(2, 4, 14, 14)
-    arguments = (x, torch.tensor([3]), [8, 8], 2, "ceil", "auto")
+    arguments = (x, torch.tensor([3]), [8, 8], 2, "ceil", "auto", False)
     torch.library.opcheck(torch.ops.actpress.division_encode, arguments)
     nhwc = x.to(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.actpress.division_encode, (nhwc, *arguments[1:]))
+    torch.library.opcheck(torch.ops.actpress.division_encode, (nhwc, *arguments[1:-1], True))
     code = division.encode_reference(x, torch.rand_like(x), (8, 8), 2, "ceil")
     for mask in (None, pack_mask_reference(x > 0)):
         arguments = (*code, x.shape, torch.float32, False, [8, 8], 2, "ceil", mask)
@@ -276,7 +276,7 @@ def test_compiled_operation_is_the_eager_one():
     seed = torch.tensor([3])
 
     def encode(x, seed):
-        return torch.ops.actpress.division_encode(x, seed, [8, 8], 2, "ceil", "auto")
+        return torch.ops.actpress.division_encode(x, seed, [8, 8], 2, "ceil", "auto", False)
 
     compiled = torch.compile(encode, fullgraph=True)(x, seed)
     for name, ours, reference in zip(division.Code._fields, compiled, encode(x, seed), strict=True):

@@ -117,8 +117,8 @@ def test_the_fused_output_is_that_of_inverted(device, dtype, function):
 
 
 OPS = {
-    "encode": (few_bit._encode, lambda x: (x, "silu", 2)),
-    "forward": (few_bit._forward, lambda x: (x, "gelu_tanh", 4)),
+    "encode": (few_bit._encode, lambda x: (x, "silu", 2, is_channels_last(x))),
+    "forward": (few_bit._forward, lambda x: (x, "gelu_tanh", 4, is_channels_last(x))),
     "input_grad": (
         few_bit._input_grad,
         lambda x: (torch.ones_like(x), few_bit.encode(x, "gelu", 3), "gelu", 3, is_channels_last(x)),

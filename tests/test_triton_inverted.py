@@ -241,8 +241,8 @@ def test_not_a_number_stays_one(left, device, dtype):
 
 
 OPS = {
-    "left_bits": (inverted._left_bits, lambda x: (x, "silu")),
-    "forward": (inverted._forward, lambda x: (x, "gelu_tanh")),
+    "left_bits": (inverted._left_bits, lambda x: (x, "silu", is_channels_last(x))),
+    "forward": (inverted._forward, lambda x: (x, "gelu_tanh", is_channels_last(x))),
     "input_grad": (
         inverted._input_grad,
         lambda x: (torch.ones_like(x), *inverted.forward_reference(x, "gelu"), "gelu", is_channels_last(x)),

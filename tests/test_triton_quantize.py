@@ -186,7 +186,8 @@ def test_tiny_cases(name, device, dtype):
 
 def samples(x, seed, bits=2):
     code = encode_reference(x, None, "channel", 256, bits)
-    return (x, seed, "channel", 256, bits), (*code, list(x.shape), x.dtype, is_channels_last(x), "channel", 256, bits)
+    how, channels_last = ("channel", 256, bits), is_channels_last(x)
+    return (x, seed, *how, channels_last), (*code, list(x.shape), x.dtype, channels_last, *how)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -204,11 +205,11 @@ def test_operations_compile_to_one_graph():
 
     @torch.compile(fullgraph=True)
     def there_and_back(x, seed):
-        code = quantize._encode(x, seed, "channel", 256, 2)
+        code = quantize._encode(x, seed, "channel", 256, 2, False)
         return quantize._decode(*code, x.shape, x.dtype, False, "channel", 256, 2)
 
     seed = torch.tensor([5])
-    code = quantize._encode(x, seed, "channel", 256, 2)
+    code = quantize._encode(x, seed, "channel", 256, 2, False)
     assert_same("x~", there_and_back(x, seed), quantize._decode(*code, x.shape, x.dtype, False, "channel", 256, 2))
 
 
@@ -218,7 +219,9 @@ def test_gpu_tensors_take_the_operations(monkeypatch, source):
     x = torch.randn(2, 3, 9, 9)
     code = quantize.encode(x, source, "channel", bits=4)
     seed = None if source is None else Context(3).seed_for(x)
-    for name, ours, expected in zip(code._fields, code, quantize._encode(x, seed, "channel", 256, 4), strict=True):
+    for name, ours, expected in zip(
+        code._fields, code, quantize._encode(x, seed, "channel", 256, 4, False), strict=True
+    ):
         assert_same(name, ours, expected)
     decoded = quantize.decode(code, x.shape, x.dtype, False, "channel", bits=4)
     assert ((decoded - x).abs() <= 1.001 * code.step.float().view(2, 3, 1, 1)).all()  # fp32 rounding of the sum

@@ -6,6 +6,10 @@ dataclass: all it knows is in its fields. The weight gradients decode first; a c
 
 `keep` is what layers call. One tensor read by two layers (a block's input, read by its first convolution and its
 downsample) is encoded once: the code is remembered on the tensor itself, weakly, and dies with the graph that saved it.
+
+A codec with `relu_mask` also gets the mask that the ReLU before it saves, if x is that ReLU's output: the same tensor, so no bytes. The
+ReLU leaves it there (`leave_mask`), and it dies with the output if nothing saved it. Held weakly, it would be gone in the first pass of a
+checkpoint but not in the second.
 """
 
 from dataclasses import dataclass
@@ -72,6 +76,9 @@ class Codec:
     """Base of all codecs. `kept` is the tuple of tensors that `encode` returned."""
 
     shared = True  # may layers that read the same tensor share one code?
+    relu_mask = (
+        False  # where x is the output of a ReLU, is its packed mask appended to `kept` (unless x is kept dense)?
+    )
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -125,6 +132,24 @@ def keep(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple
     return like, kept
 
 
+def leave_mask(y: Tensor, packed: Tensor, inplace: bool) -> None:
+    """Called by a ReLU, in the forward of its autograd.Function, with its output and packed mask: notes the mask on y."""
+    if not torch.compiler.is_compiling():
+        version = y._version + inplace  # autograd will count mark_dirty as one more change
+        y._actpress_mask = (packed, version, is_channels_last(y))
+
+
 def _encode(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
     cast = x.detach().to(dtype)
-    return Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, context)
+    like, kept = Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, context)
+    if codec.relu_mask and kept[0] is not cast:
+        kept = (*kept, *_mask_of(x, like.channels_last))
+    return like, kept
+
+
+def _mask_of(x: Tensor, channels_last: bool) -> tuple[Tensor, ...]:
+    """The packed mask of the ReLU whose unmodified output x is; nothing where there is none, or none in this memory order."""
+    if torch.compiler.is_compiling() or not hasattr(x, "_actpress_mask"):
+        return ()
+    packed, *left = x._actpress_mask
+    return (packed,) if left == [x._version, channels_last] else ()

@@ -11,6 +11,7 @@ parameter, over n draws on a batch and then as the mean over batches:
 A deterministic method is found out by its second draw and is not drawn again.
 """
 
+import copy
 import hashlib
 import json
 import statistics
@@ -38,6 +39,18 @@ def compare(
         parts = [_on_batch(model, method, batch, g, draws) for batch, g in zip(batches, exact, strict=True)]
         found[label] = {name: _figures([part[name] for part in parts]) for name in exact[0]}
     return found
+
+
+def saved_share(model: nn.Module, method: swap.Method, batch: tuple[Tensor, Tensor]) -> float:
+    """Bytes that the method keeps for backward on a batch, over those of the model as it is."""
+    x, y = batch
+
+    def saved(net: nn.Module) -> int:
+        return measure.saved_bytes(lambda: nn.functional.cross_entropy(net(x), y))
+
+    stock, applied = copy.deepcopy(model), copy.deepcopy(model)
+    swap.apply(applied, method)
+    return saved(applied) / saved(stock)
 
 
 class _Draws:
@@ -101,27 +114,42 @@ def is_layer_weight(name: str, parameter: Tensor) -> bool:
     return name.endswith("weight") and parameter.dim() > 1
 
 
-def summary(found: Mapping[str, Figures], layers: Sequence[str]) -> str:
-    """Markdown: a line per method, about the total gradient and about the layers."""
-    head = ["method", "total: cosine", "norm ratio", "bias", "noise", "bias / its standard error"]
-    head += ["layers: lowest cosine", "median", "n"]
-    lines = [_row(head), _row(["---"] * len(head))]
-    for label, figures in found.items():
-        total, cosines = figures["total"], sorted(figures[name]["cosine"] for name in layers)
-        excess = "deterministic" if total["excess"] is None else f"{total['excess']:.1f}"
-        cells = [label, _cosine(total), _norm(total), f"{total['bias']:.4f}", f"{total['noise']:.4f}", excess]
-        lines.append(_row([*cells, f"{cosines[0]:.4f}", f"{statistics.median(cosines):.4f}", f"{total['n']}"]))
-    return "\n".join(lines)
+HEAD = (
+    "saved, of stock",
+    "total: cosine",
+    "norm ratio",
+    "bias",
+    "noise",
+    "bias / its standard error",
+    "layers: lowest cosine",
+    "median",
+    "n",
+)
+
+
+def cells(figures: Figures, layers: Sequence[str], share: float) -> list[str]:
+    """One method in words, under HEAD: its bytes, the total gradient, the layers."""
+    total, cosines = figures["total"], sorted(figures[name]["cosine"] for name in layers)
+    excess = "deterministic" if total["excess"] is None else f"{total['excess']:.1f}"
+    found = [f"{share:.1%}", _cosine(total), _norm(total), f"{total['bias']:.4f}", f"{total['noise']:.4f}", excess]
+    return [*found, f"{cosines[0]:.4f}", f"{statistics.median(cosines):.4f}", str(total["n"])]
+
+
+def summary(found: Mapping[str, Figures], layers: Sequence[str], shares: Mapping[str, float]) -> str:
+    """Markdown: a line per method. shares: of each, see `saved_share`."""
+    rows = [[label, *cells(figures, layers, shares[label])] for label, figures in found.items()]
+    return "\n".join(map(_row, [["method", *HEAD], ["---"] * (1 + len(HEAD)), *rows]))
 
 
 def render(found: Mapping[str, Figures], layers: Sequence[str], pair: tuple[str, str] | None = None) -> str:
     """Markdown: a line per layer and the total, cosine ± sd and norm ratio of each method; of `pair` (a, b) how often a's mean cosine is
     at least b's."""
     head = ["layer", *(f"{label}: {what}" for label in found for what in ("cosine", "norm ratio"))]
-    lines = [_row(head), _row(["---"] * len(head))]
-    for name in (*layers, "total"):
-        cells = [f(figures[name]) for figures in found.values() for f in (_cosine, _norm)]
-        lines.append(_row([name, *cells]))
+    rows = [
+        [name, *(f(figures[name]) for figures in found.values() for f in (_cosine, _norm))]
+        for name in (*layers, "total")
+    ]
+    lines = [*map(_row, [head, ["---"] * len(head), *rows])]
     if pair is not None:
         first, second = (found[label] for label in pair)
         gaps = [second[name]["cosine"] - first[name]["cosine"] for name in layers]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from actpress.codec import Codec, Context, Conv, convolution_backward, keep
+from actpress.codec import Codec, Context, Conv, convolution_backward, keep, leave_mask
 from actpress.kernels import dropout, masks, max_pool
 from actpress.kernels.layout import is_channels_last
 
@@ -217,6 +217,7 @@ class _ReLU(Function):
             y, packed = masks.relu(x)
         ctx.channels_last = is_channels_last(y)
         ctx.save_for_backward(packed)
+        leave_mask(y, packed, inplace)
         return y
 
     @staticmethod

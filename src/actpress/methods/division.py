@@ -47,6 +47,7 @@ class DivisionCodec(Codec):
     align: str
     lfc: str
     layout: Literal["maps", "tokens"] = "maps"
+    relu_mask: bool = False
 
     @property
     def shared(self) -> bool:  # the official code keeps one copy per reader
@@ -66,7 +67,9 @@ class DivisionCodec(Codec):
             return kept[0]
         shape = self._as_maps(torch.empty(like.shape, device="meta")).shape
         kernel = self._kernel(shape)
-        maps = decode(Code(*kept), shape, like.dtype, like.channels_last, kernel, self.bits, self.align)
+        reordered = self.layout == "tokens" and like.channels_last  # tokens are coded in another order than the mask's
+        mask = kept[4] if len(kept) > 4 and not reordered else None
+        maps = decode(Code(*kept[:4]), shape, like.dtype, like.channels_last, kernel, self.bits, self.align, mask)
         return maps.reshape(like.shape)
 
     def _as_maps(self, x: Tensor) -> Tensor:
@@ -94,6 +97,10 @@ class Division(Method):
         of the official CNN code: floor-mode blocks, block means in every map, one code per reader, Linear and LayerNorm left dense.
     lfc: "auto", block means are left out of the maps that are coded more exactly without them; "always", they are subtracted in every
         map, as align="authors" always does. The bytes are the same.
+    relu_mask: decode to exact zeros where the input is the output of a ReLU that zeroed it, by the mask which that ReLU saves anyway: no
+        bytes more, unless hooks on saved tensors copy each. It matters in maps whose block means are subtracted; the others hold such
+        zeros exactly. Off by default: neither the paper nor its code does it. It needs eager mode: compiled code finds no mask and
+        decodes plainly, as does a layer whose input was modified after the ReLU.
     Raises ValueError on other values.
     """
 
@@ -101,6 +108,7 @@ class Division(Method):
     bits: int = 2
     align: str = "ceil"
     lfc: str = "auto"
+    relu_mask: bool = False
 
     def __post_init__(self):
         if not isinstance(self.block, int) or self.block < 1:
@@ -111,10 +119,12 @@ class Division(Method):
             raise ValueError(f"Division: align={self.align!r}, allowed: {', '.join(ALIGN)}")
         if self.lfc not in LFC:
             raise ValueError(f"Division: lfc={self.lfc!r}, allowed: {', '.join(LFC)}")
+        if not isinstance(self.relu_mask, bool):
+            raise ValueError(f"Division: relu_mask={self.relu_mask!r}, allowed: True, False")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         lfc = self.lfc if self.align == "ceil" else "always"
-        maps = DivisionCodec(self.block, self.bits, self.align, lfc)
+        maps = DivisionCodec(self.block, self.bits, self.align, lfc, relu_mask=self.relu_mask)
         rules = {
             nn.Conv2d: Replacement(layers.Conv2d, maps),
             nn.BatchNorm2d: Replacement(layers.BatchNorm2d, maps),
@@ -124,7 +134,7 @@ class Division(Method):
             nn.AvgPool2d: Replacement(layers.AvgPool2d),
         }
         if self.align == "ceil":
-            tokens = DivisionCodec(self.block, self.bits, self.align, lfc, "tokens")
+            tokens = DivisionCodec(self.block, self.bits, self.align, lfc, "tokens", self.relu_mask)
             rules |= {
                 nn.Linear: Replacement(layers.Linear, tokens),
                 nn.LayerNorm: Replacement(layers.LayerNorm, tokens),

@@ -24,18 +24,20 @@ from torch import Tensor, nn
 from actpress import layers
 from actpress.codec import Codec, Context, Conv, Like
 from actpress.kernels.pooled_convolution import conv2d_weight_grad
-from actpress.kernels.pooling import ALIGN, pool, upsample_reference
+from actpress.kernels.pooling import ALIGN, pool, pool_max, upsample_reference
 from actpress.swap import Method, Replacement
 
 RELU = ("mask", "stock")
+REDUCE = {"mean": pool, "max": pool_max}
 
 
 @dataclass(frozen=True)
 class PoolingCodec(Codec):
-    """Block means of maps [N, C, H, W]. block=1, align="ceil" is lossless: the map itself."""
+    """Block means, or maxima, of maps [N, C, H, W]. block=1, align="ceil" is lossless: the map itself."""
 
     block: int
     align: str
+    reduce: str = "mean"
 
     @property
     def shared(self) -> bool:  # the official code pools once per reader
@@ -44,7 +46,7 @@ class PoolingCodec(Codec):
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0 or (self.block == 1 and self.align == "ceil"):
             return (x,)
-        return (pool(x, self.block, self.align),)
+        return (REDUCE[self.reduce](x, self.block, self.align),)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if kept[0].shape == like.shape:
@@ -65,6 +67,7 @@ class Pooling(Method):
     align: "ceil", blocks that cover the whole map; "authors", the official floor mode, one copy per reader.
     relu: "mask", ReLU and max-pooling keep bits and bytes; "stock", they stay stock as in the official code.
     stages: another block for convolutions whose name matches a pattern, e.g. {"layer1.*": 4, "conv1": 1}; the first match counts.
+    reduce: "mean", each block's mean, as in the paper; "max", its greatest value, upsampled in the same way: a study without a kernel.
     Raises ValueError on other values.
     """
 
@@ -72,17 +75,18 @@ class Pooling(Method):
     align: str = "ceil"
     relu: str = "mask"
     stages: Mapping[str, int] = field(default_factory=dict)
+    reduce: str = "mean"
 
     def __post_init__(self):
         for label, block in [("block", self.block), *((f"stages[{name!r}]", k) for name, k in self.stages.items())]:
             if not isinstance(block, int) or block < 1:
                 raise ValueError(f"Pooling: {label}={block!r}, allowed: integers from 1")
-        for label, value, allowed in (("align", self.align, ALIGN), ("relu", self.relu, RELU)):
-            if value not in allowed:
-                raise ValueError(f"Pooling: {label}={value!r}, allowed: {', '.join(allowed)}")
+        for label, allowed in (("align", ALIGN), ("relu", RELU), ("reduce", REDUCE)):
+            if getattr(self, label) not in allowed:
+                raise ValueError(f"Pooling: {label}={getattr(self, label)!r}, allowed: {', '.join(allowed)}")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align))}
+        rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align, self.reduce))}
         if self.relu == "mask":
             rules |= {
                 layer: Replacement(getattr(layers, layer.__name__)) for layer in (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
@@ -97,4 +101,4 @@ class Pooling(Method):
         if replacement is None or replacement.codec is None:
             return replacement
         block = next((k for pattern, k in self.stages.items() if fnmatchcase(name, pattern)), self.block)
-        return Replacement(replacement.layer, PoolingCodec(block, self.align))
+        return Replacement(replacement.layer, PoolingCodec(block, self.align, self.reduce))

@@ -12,6 +12,9 @@ block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp
 Weight gradients, and the input gradients of norms, are computed from the decoded input and are approximate; with stochastic rounding its
 expectation is the input. The code itself is in kernels/quantize.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q
 for all, each tensor's own bounds.
+
+levels="normal" is a study: inputs of BatchNorm2d, close to normal in each channel, in Q-bit levels that are fixed for a normal
+distribution (kernels/lloyd_max.py), at Q + 64 / (elements of a channel of the batch) bits per element.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +24,14 @@ from torch import Tensor, nn
 
 from actpress import layers
 from actpress.codec import Codec, Context, Like
+from actpress.kernels import lloyd_max
 from actpress.kernels.bits import BITS
+from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
 from actpress.swap import Method, Replacement
 
 ROUNDING = ("stochastic", "nearest")
+LEVELS = ("affine", "normal")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class QuantizeCodec(Codec):
     grouping: str
     size: int
     rounding: str
+    relu_mask: bool = False
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0 or code_bytes(x.shape, self.grouping, self.size, self.bits) >= x.numel() * x.itemsize:
@@ -44,7 +51,36 @@ class QuantizeCodec(Codec):
         return encode(x, source, self.grouping, self.size, self.bits)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        return kept[0] if len(kept) == 1 else decode(Code(*kept), *like, self.grouping, self.size, self.bits)
+        if len(kept) == 1:
+            return kept[0]
+        return _masked(decode(Code(*kept[:3]), *like, self.grouping, self.size, self.bits), kept[3:], like)
+
+
+@dataclass(frozen=True)
+class NormalCodec(Codec):
+    """Codes of maps [N, C, H, W], normalised per channel, in fixed levels; dense where the code would be no smaller."""
+
+    levels: tuple[float, ...]
+    rounding: str
+    relu_mask: bool = False
+
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        if x.numel() == 0 or lloyd_max.code_bytes(x.shape, self.levels) >= x.numel() * x.itemsize:
+            return (x,)
+        noise = context.uniform_like(x) if self.rounding == "stochastic" else None
+        return lloyd_max.encode_reference(x, noise, self.levels)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
+        if len(kept) == 1:
+            return kept[0]
+        return _masked(lloyd_max.decode_reference(lloyd_max.Code(*kept[:3]), *like, self.levels), kept[3:], like)
+
+
+def _masked(x: Tensor, masks: tuple[Tensor, ...], like: Like) -> Tensor:
+    """x, zero where the mask, if there is one, is 0: as the gradient of a ReLU is."""
+    for packed in masks:
+        x = relu_backward(x, packed, like.channels_last)
+    return x
 
 
 @dataclass(frozen=True)
@@ -55,6 +91,13 @@ class Quantize(Method):
     grouping: "group", `size` consecutive elements of a sample (ActNN, GACT); "channel", a map of a sample; "sample", all of it.
     size: elements of a group, 1 to 16384 (ActNN, GACT: 256); other groupings leave it unused.
     rounding: "stochastic", unbiased; "nearest", biased with a smaller error.
+    relu_mask: decode to exact zeros where the input is the output of a ReLU that zeroed it, by the mask which that ReLU saves anyway: no
+        bytes more, unless hooks on saved tensors copy each. It matters for levels="normal" alone: affine levels hold such a zero
+        exactly, as the least value of its group. Off by default: none of the papers does it. It needs eager mode: compiled code finds
+        no mask and decodes plainly, as does a layer whose input was modified after the ReLU.
+    levels: "affine", evenly spaced between a group's bounds; "normal", for inputs of BatchNorm2d alone, whatever `grouping` says: the
+        Lloyd-Max levels of a normal distribution with each channel's mean and deviation over the batch, at 1, 2 or 4 bits.
+        "stochastic" is then unbiased between the outermost levels, and clamps what lies beyond. A study: slow, without a kernel.
     Raises ValueError on other values.
     """
 
@@ -62,19 +105,30 @@ class Quantize(Method):
     grouping: str = "channel"
     size: int = 256
     rounding: str = "stochastic"
+    relu_mask: bool = False
+    levels: str = "affine"
 
     def __post_init__(self):
-        for name, allowed in (("bits", BITS), ("grouping", GROUPINGS), ("rounding", ROUNDING)):
+        checks = {"bits": BITS, "grouping": GROUPINGS, "rounding": ROUNDING, "levels": LEVELS}
+        for name, allowed in checks.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Quantize: {name}={getattr(self, name)!r}, allowed: {', '.join(map(str, allowed))}")
+        if self.levels == "normal" and self.bits not in lloyd_max.BITS:
+            allowed = ", ".join(map(str, lloyd_max.BITS))
+            raise ValueError(f"Quantize: bits={self.bits!r}, allowed with levels='normal': {allowed}")
+        if not isinstance(self.relu_mask, bool):
+            raise ValueError(f"Quantize: relu_mask={self.relu_mask!r}, allowed: True, False")
         if not isinstance(self.size, int) or not 1 <= self.size <= 16384:
             raise ValueError(f"Quantize: size={self.size!r}, allowed: integers from 1 to 16384")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding)
+        codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding, self.relu_mask)
         coded = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.LayerNorm)
         exact = (nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)
         rules = {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in coded}
+        if self.levels == "normal":
+            normal = NormalCodec(lloyd_max.normal_levels(self.bits), self.rounding, self.relu_mask)
+            rules[nn.BatchNorm2d] = Replacement(layers.BatchNorm2d, normal)
         return rules | {layer: Replacement(getattr(layers, layer.__name__)) for layer in exact}
 
     def functions(self) -> Mapping[str, Callable]:
