@@ -194,7 +194,9 @@ def name_of(cell: tables.Cell) -> str:
 
 def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any]:
     """The record of one method's gradients on one network, measured unless it is there: results/fidelity/<id>.json."""
-    stock = replace(cell, overrides=(*(o for o in cell.overrides if not o.startswith("method")), "method=none"))
+    stock = replace(
+        cell, overrides=(*(o for o in cell.overrides if not o.lstrip("+~").startswith("method")), "method=none")
+    )
     seed = table.seeds[0]
     cfg, own = compose(stock, seed), compose(cell, seed)
     settings = {key: table.fidelity[key] for key in ("batches", "examples", "draws")} | {"weights": weights}
