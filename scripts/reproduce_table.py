@@ -192,11 +192,15 @@ def name_of(cell: tables.Cell) -> str:
     return ", ".join(str(value) for label, value in cell.labels.items() if label != "network")
 
 
+def stock_of(cell: tables.Cell) -> tables.Cell:
+    """The cell without its method and what it sets of it."""
+    kept = (override for override in cell.overrides if not override.lstrip("+~").startswith("method"))
+    return replace(cell, overrides=(*kept, "method=none"))
+
+
 def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any]:
     """The record of one method's gradients on one network, measured unless it is there: results/fidelity/<id>.json."""
-    stock = replace(
-        cell, overrides=(*(o for o in cell.overrides if not o.lstrip("+~").startswith("method")), "method=none")
-    )
+    stock = stock_of(cell)
     seed = table.seeds[0]
     cfg, own = compose(stock, seed), compose(cell, seed)
     settings = {key: table.fidelity[key] for key in ("batches", "examples", "draws")} | {"weights": weights}

@@ -167,11 +167,16 @@ def test_headlines_name_mistakes(small):
         headlines.fill([CLAIM | {"row": {"method": "none"}, "at_least": 1, "show": "ratio"}], results(small))
 
 
-@pytest.mark.parametrize("name", tables.names(FOLDER))
-def test_shipped_tables_load_and_compose(name):
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("reproduce_table", ROOT / "scripts" / "reproduce_table.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", tables.names(FOLDER))
+def test_shipped_tables_load_and_compose(name, script):
     table = tables.load(FOLDER, name)
     rows = [1 if script.lacking(cell) or table.kind != "training" else len(table.seeds) for cell in table.cells]
     assert len(script.plan(table)) == 1 + sum(rows)
@@ -235,3 +240,8 @@ def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
     ]
     assert tables.time_to(history, 50) == {"epochs_to_reach": 2, "seconds_to_reach": 20.0}
     assert tables.time_to(history, 60)["epochs_to_reach"] == "not reached"
+
+
+def test_stock_of_a_row_is_without_all_its_method_sets(script):
+    added = ("model=resnet20", "method=pooling", "method.block=1", "+method.stages={layer1.*:2}", "seed=1")
+    assert script.stock_of(tables.Cell({}, added, {})).overrides == ("model=resnet20", "seed=1", "method=none")
