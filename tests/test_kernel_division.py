@@ -126,3 +126,13 @@ def test_auto_codes_each_map_as_the_better_of_with_and_without_means(shape):
     assert left_out[: shape[0]].float().mean() > 0.9 and left_out[shape[0] :].float().mean() < 0.5
     zeros = (x == 0) & left_out[:, :, None, None]
     assert zeros.any() and (decoded[zeros] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_of_channels_last_are_decoded_in_their_own_order(dtype):
+    """They are neither contiguous nor channels_last; a cast would make them so."""
+    whole = torch.randn(4, 16, 12, 12).to(dtype).to(memory_format=torch.channels_last)
+    for x in (whole[:, :8], whole[::2]):
+        code, decoded = code_and_decode(x, torch.rand(x.shape), bits=8)
+        # a step of the code, and two roundings to bf16, of x~ and of its mean
+        assert ((decoded - x).abs() <= code.step.float() + 2**-7 * x.abs().max()).all()
