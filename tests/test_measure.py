@@ -137,3 +137,7 @@ def test_gradient_fidelity_of_stock_is_perfect_and_leaves_the_model_alone():
     )
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_gradient_of_zero_has_cosine_0():
+    assert measure.compare(torch.zeros(3), torch.ones(3)) == measure.Fidelity(0.0, 0.0)

@@ -228,9 +228,11 @@ def gradients(model: nn.Module, batch: tuple[Tensor, Tensor], method: swap.Metho
 
 
 def compare(approximate: Tensor, exact: Tensor) -> Fidelity:
-    """Two flat gradients of one parameter."""
+    """Two flat gradients of one parameter. An approximate gradient that is zero where the exact one is not has cosine 0."""
     norms = approximate.norm(), exact.norm()
-    return Fidelity((approximate @ exact / (norms[0] * norms[1])).item(), (norms[0] / norms[1]).item())
+    lost = norms[0] == 0 and norms[1] > 0
+    cosine = 0.0 if lost else (approximate @ exact / (norms[0] * norms[1])).item()
+    return Fidelity(cosine, (norms[0] / norms[1]).item())
 
 
 def ran_out(error: BaseException) -> bool:
