@@ -58,7 +58,7 @@ def encode_reference(x: Tensor, noise: Tensor | None, grouping: str, size: int, 
     channels_last, levels = is_channels_last(x), 2**bits - 1
     where = cut(x.shape, channels_last, grouping, size)
     values = _grouped(_in_memory_order(x, channels_last).to(_compute_dtype(x.dtype)), where)
-    by_group = values.transpose(2, 3).contiguous()  # so that a group's elements are neighbours: a CPU is then several times as fast
+    by_group = values.transpose(2, 3).contiguous()  # neighbours in memory: several times as fast on a CPU
     low, high = (extreme.unsqueeze(2) for extreme in (by_group.amin(3), by_group.amax(3)))
     poison = (low - low) + (high - high)  # 0; NaN where an element is not finite. Added to -0 it makes 0.
     low = bf16_floor(low + poison)
