@@ -163,7 +163,7 @@ def test_headlines_say_what_was_measured(small, row, limit, measured, verdict):
 def test_headlines_name_mistakes(small):
     with pytest.raises(ValueError, match="no row"):
         headlines.fill([CLAIM | {"row": {"method": "nosuch"}, "at_least": 1}], results(small))
-    with pytest.raises(ValueError, match="show 'ratio', allowed: mean, difference, versus"):
+    with pytest.raises(ValueError, match="show 'ratio', allowed: mean, difference, versus, paired"):
         headlines.fill([CLAIM | {"row": {"method": "none"}, "at_least": 1, "show": "ratio"}], results(small))
 
 
@@ -229,8 +229,16 @@ def test_differences_to_the_baseline_are_paired_by_seed(tmp_path):
     ours = [{"seed": seed, "saved_bytes": value} for seed, value in ((2, 74.0), (0, 69.5), (1, 79.0), (3, 10.0))]
     found = tables.summarise(table, [stock, [], ours, [], [], []])[2].summaries["saved_bytes"].paired[0]
     assert found["n"] == 3 and found["mean"] == pytest.approx(-5 / 6) and 0 < found["p"] < 0.1
-    text = tables.render(table, tables.summarise(table, [stock, [], ours, [], [], []]), "")
-    assert "-0.83 ± 0.29 (paired, n=3, p=0.038)" in text
+    summaries = tables.summarise(table, [stock, [], ours, [], [], []])
+    assert "-0.83 ± 0.29 (paired, n=3, p=0.038)" in tables.render(table, summaries, "")
+    claim = CLAIM | {"show": "paired", "text": "{mean:+.2f}, n={n}"}
+    rows = [{"method": "division", "batch": 1}, {"method": "division", "batch": 2}]
+    lower, not_run = headlines.fill([claim | {"row": row} for row in rows], summaries)
+    assert (lower["measured"], lower["verdict"]) == ("-0.83, n=3", "lower")
+    assert (not_run["measured"], not_run["verdict"]) == ("not run", "open")
+    ours[2]["seed"] = 4  # two pairs are left: too few to tell
+    (unclear,) = headlines.fill([claim | {"row": rows[0]}], tables.summarise(table, [stock, [], ours, [], [], []]))
+    assert unclear["verdict"] == "no difference seen"
 
 
 def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():

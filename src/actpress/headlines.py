@@ -5,9 +5,12 @@ headlines:
     claim: what the paper says
     row: {method: DIVISION, batch: 64}      the labels of the row that speaks to it; labels left out match anything
     metric: saved_bytes
-    show: versus                            mean, difference (to the paper) or versus (the first baseline)
+    show: versus                            mean, difference (to the paper), versus (first baseline) or paired (to it)
     text: "{:.1f}x less than stock"         what was measured, in words
-    at_least: 10                            or at_most: for which value the claim holds
+    at_least: 10                            or at_most: for which value the claim holds; paired: none, the t-test speaks
+
+A paired headline speaks to a claim at another scale than the paper's. So its verdict neither holds nor fails: it is "lower" or "higher" where
+the paired t-test finds p < .05, "no difference seen" otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ from typing import Any
 
 from actpress import record, tables
 
-SHOW = ("mean", "difference", "versus")
+SHOW = ("mean", "difference", "versus", "paired")
 
 
 def fill(headlines: Sequence[Mapping[str, Any]], results: Sequence[tables.Result]) -> list[dict[str, str]]:
@@ -31,16 +34,22 @@ def _fill(headline: Mapping[str, Any], results: Sequence[tables.Result]) -> dict
     if headline["show"] not in SHOW:
         raise ValueError(f"headline {headline['claim']!r}: show {headline['show']!r}, allowed: {', '.join(SHOW)}")
     summary = row.summaries[headline["metric"]]
-    value = (
-        summary.versus[0]
-        if headline["show"] == "versus" and summary.versus
-        else getattr(summary, headline["show"], None)
-    )
+    value = getattr(summary, headline["show"])
+    if isinstance(value, list):  # to each baseline
+        value = value[0] if value else None
     told = {"paper": headline["paper"], "claim": headline["claim"]}
+    if isinstance(value, dict):
+        return told | {"measured": headline["text"].format(**value), "verdict": _difference(value)}
     if not isinstance(value, float):
         return told | {"measured": "not run", "verdict": "open"}
     holds = value >= headline["at_least"] if "at_least" in headline else value <= headline["at_most"]
     return told | {"measured": headline["text"].format(value), "verdict": "holds" if holds else "does not hold"}
+
+
+def _difference(pairs: Mapping[str, float]) -> str:
+    if pairs["p"] >= 0.05:
+        return "no difference seen"
+    return "higher" if pairs["mean"] > 0 else "lower"
 
 
 def index(folder: Path) -> str:
