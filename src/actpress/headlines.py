@@ -9,8 +9,8 @@ headlines:
     text: "{:.1f}x less than stock"         what was measured, in words
     at_least: 10                            or at_most: for which value the claim holds; paired: none, the t-test speaks
 
-A paired headline speaks to a claim at another scale than the paper's. So its verdict neither holds nor fails: it is "lower" or "higher" where
-the paired t-test finds p < .05, "no difference seen" otherwise.
+A paired headline speaks to a claim at another scale than the paper's. So its verdict neither holds nor fails: it is "lower" or
+"higher" where the paired t-test finds p < .05, "no difference seen" otherwise.
 """
 
 from collections.abc import Mapping, Sequence
