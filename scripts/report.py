@@ -46,9 +46,10 @@ def render() -> str:
     pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
-        headlines=[
-            (told, name, HOW[page["kind"]]) for name, page in pages.items() for told in page.get("headlines", [])
-        ],
+        headlines=sorted(
+            ((told, name, HOW[page["kind"]]) for name, page in pages.items() for told in page.get("headlines", [])),
+            key=lambda headline: headline[0]["paper"],
+        ),
         sections=[table_section(name, page) for name, page in pages.items()],
         kernels=kernel_tables(),
         log=Markup(MarkdownIt().enable("table").render((RESULTS / "LOG.md").read_text())),
@@ -190,24 +191,46 @@ def by_layer(where: str, found: dict[str, dict]) -> Markup:
 
 
 def curves(page: dict[str, Any]) -> Iterator[Markup]:
-    """Test accuracy by epoch, mean and one sd over seeds, a plot per network."""
+    """Test accuracy, a plot per network."""
     networks: dict[str, dict[str, list]] = defaultdict(dict)
     for found in page["rows"]:
         histories = [load(value["run_id"])["history"] for value in found["values"] if "run_id" in value]
         if histories:
             networks[found["labels"].get("network", "")][found["labels"]["method"]] = histories
     for network, methods in networks.items():
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (method, histories), colour in zip(methods.items(), COLOURS, strict=False):
-            by_epoch = list(zip(*([r["test_accuracy"] for r in history] for history in histories), strict=True))
-            mean = [statistics.fmean(values) for values in by_epoch]
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in by_epoch]
-            label = f"{method} (n={len(histories)})"
-            axes.errorbar(range(1, len(mean) + 1), mean, spread, label=label, color=colour, marker=".", capsize=2)
-        axes.set(xlabel="epoch", ylabel="test accuracy, %", title=network or page["title"])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8, frameon=False)
-        yield svg(figure, f"test accuracy by epoch, {network}")
+        draw = by_epoch if any(len(history) > 1 for found in methods.values() for history in found) else by_seed
+        yield draw(network or page["title"], methods)
+
+
+def by_epoch(title: str, methods: dict[str, list]) -> Markup:
+    """A curve per method, bars one sd; curves that lie on each other are drawn side by side."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for i, ((method, histories), colour) in enumerate(zip(methods.items(), COLOURS * 9, strict=False)):
+        epochs = list(zip(*([r["test_accuracy"] for r in history] for history in histories), strict=True))
+        mean = [statistics.fmean(values) for values in epochs]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in epochs]
+        places = [epoch + 0.02 * (i - len(methods) / 2) for epoch in range(1, len(mean) + 1)]
+        label = f"{method} (n={len(histories)})"
+        axes.errorbar(places, mean, spread, label=label, color=colour, marker=".", lw=1, capsize=2)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=f"{title}: mean and sd over seeds")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, frameon=False)
+    return svg(figure, f"test accuracy by epoch, {title}")
+
+
+def by_seed(title: str, methods: dict[str, list]) -> Markup:
+    """Accuracy after the only epoch: a line of text per method, a small dot per seed, mean and one sd."""
+    figure, axes = plt.subplots(figsize=(7, 0.7 + 0.3 * len(methods)))
+    for place, histories in enumerate(methods.values()):
+        values = [history[-1]["test_accuracy"] for history in histories]
+        spread = statistics.stdev(values) if len(values) > 1 else 0
+        axes.errorbar(statistics.fmean(values), place, xerr=spread, color=COLOURS[0], fmt="o", capsize=2)
+        axes.plot(values, [place] * len(values), ".", color=COLOURS[1])
+    axes.set_yticks(range(len(methods)), [f"{method} (n={len(found)})" for method, found in methods.items()])
+    axes.invert_yaxis()
+    axes.grid(axis="x", lw=0.3)
+    axes.set(xlabel="test accuracy, %", title=f"{title}: seeds, mean and sd")
+    return svg(figure, f"test accuracy by method, {title}")
 
 
 def svg(figure: Any, description: str) -> Markup:

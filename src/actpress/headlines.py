@@ -62,10 +62,10 @@ def index(folder: Path) -> str:
         "",
     ]
     lines += ["| paper | claim | measured here | verdict | table |", "| --- | --- | --- | --- | --- |"]
-    for page in pages:
-        link = f"[{page['table']}](tables/{page['table']}.md)"
-        for told in page.get("headlines", []):
-            lines.append(f"| {told['paper']} | {told['claim']} | {told['measured']} | {told['verdict']} | {link} |")
+    found = [(told, page["table"]) for page in pages for told in page.get("headlines", [])]
+    for told, table in sorted(found, key=lambda one: one[0]["paper"]):
+        link = f"[{table}](tables/{table}.md)"
+        lines.append(f"| {told['paper']} | {told['claim']} | {told['measured']} | {told['verdict']} | {link} |")
     lines += ["", "| table | what | rows measured |", "| --- | --- | --- |"]
     for page in pages:
         lines.append(f"| [{page['table']}](tables/{page['table']}.md) | {page['title']} | {page['measured']} |")
