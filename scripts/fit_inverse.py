@@ -10,7 +10,8 @@ thus f'(x). Near the minimum f' goes like the square root of y - y*, hence the v
     right   v = sqrt(y - y*)         f' = 1 + w(y) * (-1 / w(y*) + v * N(v) / D(v)),  w(y) = exp(-y^2 / 2) or exp(-y)
 
 Both are 0 at the minimum whatever N and D are. N / D minimises the largest absolute error of f' on its branch (Lawson's
-algorithm on Gauss-Newton steps). All is computed in 40 digits, so that the result is the same on every machine.
+algorithm on Gauss-Newton steps), for three decoders: the finer, the higher its degrees. All is computed in 40 digits, so that the result is
+the same on every machine.
 
 Rounding: an output stands for all that round to it, [y - h, y + h], h being half the spacing of its dtype near y*. As f' goes
 like a root, the middle of its range there is nearer to (sqrt(gap - h) + sqrt(gap + h)) / 2 than to sqrt(gap), gap = y - y*; negative
@@ -22,6 +23,7 @@ QuickGELU is silu(1.702 x) / 1.702 and takes SiLU's fit; its x_min is in its own
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from mpmath import diff, erfc, exp, findroot, log, lu_solve, matrix, mp, mpf, pi
 import generated
 
 TARGET = Path(__file__).resolve().parents[1] / "kernels" / "inverted_coefficients.py"
-LEFT_DEGREES = (3, 3)  # of N and D
+LEFT_DEGREES = {"fine": (3, 3), "medium": (2, 2), "coarse": (1, 1)}  # of N and D, for each decoder
 POINTS = 120  # at which a fit is held to the function, on each branch
 STARTING_ROUNDS, ROUNDS = 30, 40  # of linearised least squares, of Lawson's algorithm
 SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bits of each dtype's significand
@@ -55,7 +57,7 @@ class Activation(NamedTuple):
     gauss: bool  # w(y) is exp(-y^2 / 2), otherwise exp(-y)
     start: mpf  # inputs below have outputs of no weight
     saturation: mpf  # outputs above have f' = 1
-    right_degrees: tuple[int, int]  # of N and D
+    right_degrees: dict[str, tuple[int, int]]  # of N and D, for each decoder
 
     def window(self, y: mpf) -> mpf:
         return exp(-y * y / 2) if self.gauss else exp(-y)
@@ -94,16 +96,23 @@ def activations() -> dict[str, Activation]:
             True,
             mpf(-8),
             mpf("5.5"),
-            (5, 5),
+            {"fine": (5, 5), "medium": (3, 3), "coarse": (3, 1)},
         ),
-        "gelu_tanh": Activation(tanh_gelu, tanh_gelu_slope, True, mpf(-8), mpf("5.5"), (6, 4)),
+        "gelu_tanh": Activation(
+            tanh_gelu,
+            tanh_gelu_slope,
+            True,
+            mpf(-8),
+            mpf("5.5"),
+            {"fine": (6, 4), "medium": (3, 3), "coarse": (3, 1)},
+        ),
         "silu": Activation(
             lambda x: x * sigmoid(x),
             lambda x: sigmoid(x) * (1 + x * sigmoid(-x)),
             False,
             mpf(-32),
             mpf(18),
-            (5, 5),
+            {"fine": (5, 5), "medium": (3, 3), "coarse": (2, 2)},
         ),
     }
 
@@ -159,19 +168,19 @@ def points(start: mpf, end: mpf) -> list[mpf]:
     return [start + (end - start) * (1 - mp.cos(pi * (i + mpf(1) / 2) / POINTS)) / 2 for i in range(POINTS)]
 
 
-def fit_branches(a: Activation, x_min: mpf, y_min: mpf) -> tuple[Branch, Branch]:
+def fit_branches(a: Activation, x_min: mpf, y_min: mpf, decoder: str) -> tuple[Branch, Branch]:
     xs = points(x_min, a.start)
     ys = [a.f(x) for x in xs]
     ts = [sqrt(-log(y / y_min)) for y in ys]
     factors = [y * t for y, t in zip(ys, ts, strict=True)]
     target = [a.slope(x) / f for x, f in zip(xs, factors, strict=True)]
-    left = fit(LEFT_DEGREES, ts, target, [-f for f in factors])
+    left = fit(LEFT_DEGREES[decoder], ts, target, [-f for f in factors])
     xs = points(x_min, a.saturation)
     ys = [a.f(x) for x in xs]
     vs = [sqrt(y - y_min) for y in ys]
     ws = [a.window(y) for y in ys]
     target = [((a.slope(x) - 1) / w + 1 / a.window(y_min)) / v for x, w, v in zip(xs, ws, vs, strict=True)]
-    right = fit(a.right_degrees, vs, target, [w * v for w, v in zip(ws, vs, strict=True)])
+    right = fit(a.right_degrees[decoder], vs, target, [w * v for w, v in zip(ws, vs, strict=True)])
     return left, right
 
 
@@ -226,19 +235,20 @@ def generate() -> str:
     """The text of kernels/inverted_coefficients.py."""
     mp.dps = 40
     entries, errors = [], []
-    for name, a in activations().items():
+    for (name, a), decoder in product(activations().items(), LEFT_DEGREES):
         x_min = findroot(a.slope, -1)
         y_min = a.f(x_min)
-        branches = fit_branches(a, x_min, y_min)
+        branches = fit_branches(a, x_min, y_min, decoder)
         scales = {name: mpf(1)} | ({"quick_gelu": mpf(QUICK_SCALE)} if name == "silu" else {})
         for function, scale in scales.items():
+            key = function if decoder == "fine" else f"{function}:{decoder}"
             half_spacings = {d: scale * spacing(y_min / scale, bits) / 2 for d, bits in SIGNIFICANT.items()}
             floors = {
                 d: floor(a, x_min, y_min, branches, bits, scale) if d in TUNED else mpf(0)
                 for d, bits in SIGNIFICANT.items()
             }
-            entries.append(entry(function, x_min, y_min, scale, a, branches, half_spacings, floors))
-            errors.append(f"    {function:10}  {' | '.join(mp.nstr(branch.error, 3) for branch in branches)}")
+            entries.append(entry(key, x_min, y_min, scale, a, branches, half_spacings, floors))
+            errors.append(f"    {key:17}  {' | '.join(mp.nstr(branch.error, 3) for branch in branches)}")
     return HEADER.format(errors="\n".join(errors), entries="".join(entries))
 
 

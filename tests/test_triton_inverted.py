@@ -200,8 +200,21 @@ def test_fused_forward_over_every_input(device, function, dtype):
     assert most <= limits[0] and rms <= limits[1], f"max {most:.3e}, rms {rms:.3e}"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("function", [key for key in inverted.FITS if ":" in key])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("worst_case")
+def test_other_decoders(device, function, dtype):
+    """The reference's derivative, as input_grad_triton says, over every input."""
+    stock = function.partition(":")[0]
+    x = errors.inputs(stock, dtype)
+    y, left = inverted.STOCK[stock](x).to(device), inverted.left_reference(x, stock).to(device)
+    found, expected = derivative(y, left, function), inverted.derivative_reference(y, left, function)
+    assert (found - expected).abs().max() <= (2e-6 if dtype == "fp32" else 2e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", inverted.FITS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("worst_case")
 def test_no_16_bit_output_gives_nan(device, function, dtype):
@@ -307,6 +320,17 @@ def test_only_the_plain_formula_is_fused(monkeypatch):
 def test_forwards_to_choose_from(method):
     with pytest.raises(ValueError, match=r"forward='quick', allowed: stock, fused"):
         method(forward="quick")
+
+
+def test_decoders_to_choose_from():
+    with pytest.raises(ValueError, match=r"decoder='cheap', allowed: fine, medium, coarse"):
+        Inverted(decoder="cheap")
+    x, found = torch.randn(1000, dtype=torch.float32), []
+    for decoder in inverted.DECODERS:
+        leaf = x.clone().requires_grad_()
+        activations.activate(leaf * 1, "gelu", Inverted(decoder=decoder).codec).sum().backward()
+        found.append((leaf.grad.double() - errors.slope(x.double(), "gelu")).square().mean().item())
+    assert found[0] < found[1] < found[2]
 
 
 @pytest.mark.slow

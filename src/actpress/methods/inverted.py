@@ -32,10 +32,11 @@ from actpress.swap import Method, Replacement
 class FromOutput(Derivative):
     """One bit per element, and the output.
 
-    fused: on a GPU, compute both in one read of the input.
+    fused: on a GPU, compute both in one read of the input. decoder: one of inverted.DECODERS.
     """
 
     fused: bool = False
+    decoder: str = "fine"
     keeps_output = True
 
     def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
@@ -45,7 +46,7 @@ class FromOutput(Derivative):
         return (*inverted.forward(x, function), is_channels_last(x)) if self.fused and launch.on_gpu(x) else None
 
     def input_grad(self, dy: Tensor, code: Tensor, y: Tensor, function: str, channels_last: bool) -> Tensor:
-        return inverted.input_grad(dy, y, code, function, channels_last)
+        return inverted.input_grad(dy, y, code, inverted.decoded_by(function, self.decoder), channels_last)
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,22 @@ class Inverted(Method):
     forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the bit; "fused", on a GPU one pass makes
         both: one read of the input less, but the output may differ from stock's in the last bit. What is kept is the same. On a CPU, for
         in-place layers and for other libraries' own formulas both are "stock".
+    decoder: "fine", the derivative from its output to within 2e-6 in exact arithmetic; "medium" to within 6e-4, "coarse" to within
+        1.5e-3, with fewer instructions. In bf16 the rounding of the output costs more than either (configs/tables/inverted_ablation.yaml).
     Raises ValueError on other values.
     """
 
     forward: str = "stock"
+    decoder: str = "fine"
 
     def __post_init__(self):
-        if self.forward not in FORWARD:
-            raise ValueError(f"Inverted: forward={self.forward!r}, allowed: {', '.join(FORWARD)}")
+        for name, value, allowed in (("forward", self.forward, FORWARD), ("decoder", self.decoder, inverted.DECODERS)):
+            if value not in allowed:
+                raise ValueError(f"Inverted: {name}={value!r}, allowed: {', '.join(allowed)}")
 
     @property
     def codec(self) -> FromOutput:
-        return FromOutput(fused=self.forward == "fused")
+        return FromOutput(fused=self.forward == "fused", decoder=self.decoder)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         return {nn.GELU: Replacement(activations.GELU, self.codec), nn.SiLU: Replacement(activations.SiLU, self.codec)}
