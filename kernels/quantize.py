@@ -35,7 +35,6 @@ from .layout import dense, dense_as, is_channels_last
 from .noise import Source, uniform_from, uniform_reference
 from .rounding import bf16_ceil, bf16_floor
 
-LEVELS = ("affine",)  # evenly spaced, from low up
 _PART = 8192  # elements of the parts in which larger ones are measured
 _LEAST_STEP = 2.0**-126  # the inverse of a smaller one may not be finite
 
@@ -330,12 +329,11 @@ def encode(
     grouping: str = "group",
     size: int = 256,
     bits: int = 2,
-    levels: str = "affine",
 ) -> Code:
     """x of any shape, strides and floating dtype -> Code, rounded stochastically; with source=None, to the nearest.
 
-    size is of "group" alone, 1 to LARGEST. Raises ValueError for other values than GROUPINGS, BITS and LEVELS hold."""
-    _check(grouping, size, bits, levels)
+    size is of "group" alone, 1 to LARGEST. Raises ValueError for other values than GROUPINGS and BITS hold."""
+    _check(grouping, size, bits)
     if launch.on_gpu(x):
         seed = None if source is None else source.seed_for(x)
         return Code(*_encode(x, seed, grouping, size, bits, is_channels_last(x)))
@@ -350,16 +348,15 @@ def decode(
     grouping: str = "group",
     size: int = 256,
     bits: int = 2,
-    levels: str = "affine",
 ) -> Tensor:
     """Code, and what x was, -> x~ of `shape` and `dtype`, contiguous or channels_last as x was (layout.is_channels_last)."""
-    _check(grouping, size, bits, levels)
+    _check(grouping, size, bits)
     how = (shape, dtype, channels_last, grouping, size, bits)
     return _decode(*code, *how) if launch.on_gpu(code.codes) else decode_reference(code, *how)
 
 
-def _check(grouping: str, size: int, bits: int, levels: str) -> None:
-    for name, value, allowed in (("grouping", grouping, GROUPINGS), ("bits", bits, BITS), ("levels", levels, LEVELS)):
+def _check(grouping: str, size: int, bits: int) -> None:
+    for name, value, allowed in (("grouping", grouping, GROUPINGS), ("bits", bits, BITS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(str, allowed))}")
     if not 1 <= size <= LARGEST:

@@ -218,7 +218,6 @@ def test_public_functions_compile_to_one_graph(grouping):
         ({"size": 0}, f"size=0; allowed: 1 to {LARGEST}"),
         ({"size": 2 * LARGEST}, f"size={2 * LARGEST}; allowed: 1 to {LARGEST}"),
         ({"bits": 3}, "bits=3; allowed: 1, 2, 4, 8"),
-        ({"levels": "lloyd"}, "levels='lloyd'; allowed: affine"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
