@@ -196,7 +196,9 @@ def curves(page: dict[str, Any]) -> Iterator[Markup]:
     for found in page["rows"]:
         histories = [load(value["run_id"])["history"] for value in found["values"] if "run_id" in value]
         if histories:
-            networks[found["labels"].get("network", "")][found["labels"]["method"]] = histories
+            labels = dict(found["labels"])
+            network, method = labels.pop("network", ""), labels.pop("method")
+            networks[network][", ".join([method, *(f"{name} {value}" for name, value in labels.items())])] = histories
     for network, methods in networks.items():
         draw = by_epoch if any(len(history) > 1 for found in methods.values() for history in found) else by_seed
         yield draw(network or page["title"], methods)
