@@ -115,7 +115,8 @@ def measured(table: tables.Table, metric: tables.Metric, summary: dict, found: d
     if summary["deviation"] is not None:
         text += f" ± {metric.text(summary['deviation'])}"
     runs = [value["run_id"] for value in found["values"] if "run_id" in value]
-    return {"text": text, "n": summary["n"], "kind": HOW[table.kind], "links": [f"runs/{run}.json" for run in runs]}
+    n = summary["n"] if summary["n"] in (0, len(found["values"])) else f"{summary['n']} of {len(found['values'])}"
+    return {"text": text, "n": n, "kind": HOW[table.kind], "links": [f"runs/{run}.json" for run in runs]}
 
 
 def provenance(environments: list[dict[str, Any]]) -> list[str]:

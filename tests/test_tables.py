@@ -115,12 +115,13 @@ def test_rendered_text(small):
 
 
 def test_spread_over_seeds_and_words(small):
+    mixed = [{"saved_bytes": value} for value in ("OOM", 2 * MIB, "OOM")]
     summary = tables.summarise(
-        small, [[{"saved_bytes": v * MIB} for v in (3, 5)], [{"saved_bytes": "OOM"}], [], [], [], []]
+        small, [[{"saved_bytes": v * MIB} for v in (3, 5)], [{"saved_bytes": "OOM"}], mixed, [], [], []]
     )
     assert (summary[0].summaries["saved_bytes"].mean, summary[0].summaries["saved_bytes"].n) == (4.0, 2)
     text = tables.render(small, summary, "")
-    assert "| 4.0 ± 1.4 (n=2) |" in text and "| none | 2 | OOM | OOM |" in text
+    assert "| 4.0 ± 1.4 (n=2) |" in text and "| none | 2 | OOM | OOM |" in text and "| 2.0 (n=1 of 3) |" in text
 
 
 @pytest.mark.parametrize(

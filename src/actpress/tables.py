@@ -355,7 +355,8 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
         row = [str(result.cell.labels[label]) for label in labels]
         for name, metric, has_paper in columns:
             summary = result.summaries[name]
-            row.append(_measured(metric, summary, result.cell.requires if name == columns[0][0] else ()))
+            requires = result.cell.requires if name == columns[0][0] else ()
+            row.append(_measured(metric, summary, requires, len(result.values)))
             if has_paper:
                 row.append(metric.printed(result.cell.paper.get(name)))
             if has_paper and (metric.tolerance or metric.at_most):
@@ -385,12 +386,14 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _measured(metric: Metric, summary: Summary, requires: tuple[str, ...]) -> str:
+def _measured(metric: Metric, summary: Summary, requires: tuple[str, ...], runs: int) -> str:
     if summary.mean is None:
         return f"not run (needs {needs(requires)})" if requires else "not run"
     text = metric.text(summary.mean)
     if summary.deviation is not None:
         text += f" ± {metric.text(summary.deviation)}"
+    if 0 < summary.n < runs:
+        return f"{text} (n={summary.n} of {runs})"
     return f"{text} (n={summary.n})" if summary.n > 1 else text
 
 
