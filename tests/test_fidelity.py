@@ -51,6 +51,13 @@ def test_summary_has_a_line_per_method(found):
     )
 
 
+def test_parameters_without_a_gradient_have_no_figures():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+    nn.init.zeros_(net[1].weight)
+    found = fidelity.compare(net, {"two bits": Division()}, [(torch.randn(4, 8), torch.randint(5, (4,)))], draws=2)
+    assert set(found["two bits"]) == {"1.weight", "1.bias", "total"}
+
+
 def test_saved_share():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batch = (torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))

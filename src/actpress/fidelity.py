@@ -29,7 +29,8 @@ Figures = dict[str, dict[str, float]]  # parameter -> cosine, cosine_sd, norm_ra
 def compare(
     model: nn.Module, methods: Mapping[str, swap.Method], batches: Sequence[tuple[Tensor, Tensor]], draws: int
 ) -> dict[str, Figures]:
-    """Label of each method -> figures of each parameter and of "total". n: draws x batches.
+    """Label of each method -> figures of each parameter and of "total". n: draws x batches. Parameters whose exact gradient is zero, as
+    before a head that starts at zero, have none.
 
     batches: (x [N, C, H, W], y [N]). The model is left alone; its mode decides whether batch norms use batch statistics.
     """
@@ -37,7 +38,8 @@ def compare(
     found = {}
     for label, method in methods.items():
         parts = [_on_batch(model, method, batch, g, draws) for batch, g in zip(batches, exact, strict=True)]
-        found[label] = {name: _figures([part[name] for part in parts]) for name in exact[0]}
+        names = (name for name in exact[0] if all(g[name].count_nonzero() for g in exact))
+        found[label] = {name: _figures([part[name] for part in parts]) for name in names}
     return found
 
 
