@@ -162,12 +162,15 @@ def make_fidelity(table: tables.Table) -> str:
     for network in dict.fromkeys(cell.labels.get("network", "") for cell in table.cells):
         cells = [cell for cell in table.cells if cell.labels.get("network", "") == network]
         for weights in table.fidelity["weights"]:
-            missing = tuple(dict.fromkeys(need for cell in cells for need in lacking(cell)))
-            found = {} if missing else {name_of(cell): gradients(table, cell, weights) for cell in cells}
+            entries = {name_of(cell): gradients(table, cell, weights) for cell in cells}
+            found = {name: entry for name, entry in entries.items() if entry is not None}
             measured[f"{network} {weights}".strip()] = found
             body += [f"### {', '.join(filter(None, (network, f'{weights} weights')))}", ""]
-            if missing:
-                body += [f"not run (needs {tables.needs(missing)})", ""]
+            if len(found) < len(entries):
+                missing = tuple(dict.fromkeys(need for cell in cells for need in lacking(cell)))
+                which = ": " + "; ".join(name for name in entries if name not in found) if found else ""
+                body += [f"not run{which} (needs {tables.needs(missing)})", ""]
+            if not found:
                 continue
             environments += [entry["environment"] for entry in found.values()]
             figures = {method: entry["figures"] for method, entry in found.items()}
@@ -198,8 +201,9 @@ def stock_of(cell: tables.Cell) -> tables.Cell:
     return replace(cell, overrides=(*kept, "method=none"))
 
 
-def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any]:
-    """The record of one method's gradients on one network, measured unless it is there: results/fidelity/<id>.json."""
+def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str, Any] | None:
+    """The record of one method's gradients on one network, results/fidelity/<id>.json; measured if there is none. None if this machine
+    lacks what that needs."""
     stock = stock_of(cell)
     seed = table.seeds[0]
     cfg, own = compose(stock, seed), compose(cell, seed)
@@ -208,6 +212,8 @@ def gradients(table: tables.Table, cell: tables.Cell, weights: str) -> dict[str,
     path = GRADIENTS / f"{name}.json"
     if path.exists():
         return record.read(path)
+    if lacking(cell):
+        return None
     if weights == "trained":
         record_of_training(table, stock, seed)
         state = torch.load(ROOT / files_of(cfg).checkpoint, map_location="cpu", weights_only=True)["model"]

@@ -1,6 +1,7 @@
 """Tables: reading, expanding, comparing, rendering; and the shipped ones against their promises."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -187,6 +188,23 @@ def test_shipped_tables_load_and_compose(name, script):
             script.compose(cell, seed=0)
         else:
             assert all(need.startswith("method ") for need in cell.requires)
+
+
+def published(name):
+    """A page of gradients, if its records are here."""
+    path = ROOT / "results" / "tables" / f"{name}.json"
+    return path.exists() and any(json.loads(path.read_text()).get("gradients", {}).values())
+
+
+@pytest.mark.parametrize("name", [name for name in tables.names(FOLDER) if published(name)])
+def test_pages_of_gradients_regenerate_without_the_data(name, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "lacking", lambda cell: cell.requires or ("cifar10",))
+    monkeypatch.setattr(script, "PAGES", tmp_path)
+    monkeypatch.setattr(script, "write_text", lambda path, text: path.write_text(text))
+    script.make_fidelity(tables.load(FOLDER, name))
+    for suffix in (".md", ".json"):
+        page = ROOT / "results" / "tables" / f"{name}{suffix}"
+        assert (tmp_path / page.name).read_text() == page.read_text(), f"{page.name}: make it again"
 
 
 NETS = {"ResNet-50": torchvision.models.resnet50, "WRN-50-2": torchvision.models.wide_resnet50_2}
