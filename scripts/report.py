@@ -21,7 +21,7 @@ import matplotlib
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from actpress import fidelity, record, tables
+from actpress import fidelity, headlines, record, tables
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -46,10 +46,7 @@ def render() -> str:
     pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
-        headlines=sorted(
-            ((told, name, HOW[page["kind"]]) for name, page in pages.items() for told in page.get("headlines", [])),
-            key=lambda headline: headline[0]["paper"],
-        ),
+        headlines=[(told, page["table"], HOW[page["kind"]]) for told, page in headlines.by_paper(pages.values())],
         sections=[table_section(name, page) for name, page in pages.items()],
         kernels=kernel_tables(),
         log=Markup(MarkdownIt().enable("table").render((RESULTS / "LOG.md").read_text())),

@@ -13,7 +13,7 @@ A paired headline speaks to a claim at another scale than the paper's. So its ve
 "higher" where the paired t-test finds p < .05, "no difference seen" otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def _difference(pairs: Mapping[str, float]) -> str:
     return "higher" if pairs["mean"] > 0 else "lower"
 
 
+def by_paper(pages: Iterable[dict[str, Any]]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """(headline, its page) of all pages, those of a paper together."""
+    found = [(told, page) for page in pages for told in page.get("headlines", [])]
+    return sorted(found, key=lambda one: one[0]["paper"])
+
+
 def index(folder: Path) -> str:
     """Markdown over all tables rendered into `folder`: the headlines, then a line per table."""
     pages = [record.read(path) for path in sorted(folder.glob("*.json"))]
@@ -62,9 +68,8 @@ def index(folder: Path) -> str:
         "",
     ]
     lines += ["| paper | claim | measured here | verdict | table |", "| --- | --- | --- | --- | --- |"]
-    found = [(told, page["table"]) for page in pages for told in page.get("headlines", [])]
-    for told, table in sorted(found, key=lambda one: one[0]["paper"]):
-        link = f"[{table}](tables/{table}.md)"
+    for told, page in by_paper(pages):
+        link = f"[{page['table']}](tables/{page['table']}.md)"
         lines.append(f"| {told['paper']} | {told['claim']} | {told['measured']} | {told['verdict']} | {link} |")
     lines += ["", "| table | what | rows measured |", "| --- | --- | --- |"]
     for page in pages:
