@@ -82,8 +82,8 @@ class DivisionCodec(Codec):
         height, width = shape[2:]
         if self.layout == "tokens":
             return (min(self.block, height), 1)
-        if self.align == "authors":  # the official code looks at the height alone
-            return (min(self.block, height),) * 2
+        if self.align == "authors":  # square; official code, by height alone, fails on narrow maps
+            return (min(self.block, height, width),) * 2
         return (min(self.block, height), min(self.block, width))
 
 
