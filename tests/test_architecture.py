@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"actpress": ROOT / "src" / "actpress", "actpress.kernels": ROOT / "kernels"}
 METHODS = FOLDERS["actpress"] / "methods"
 CHAIN = ("kernels", "codec", "layers", "activations", "sharing", "methods")
-LIBRARY = {*CHAIN, "functional", "swap", "measure", "audit"}
+LIBRARY = {*CHAIN, "applied", "functional", "swap", "measure", "audit"}
 HARNESS_DEPENDENCIES = {"hydra", "omegaconf", "wandb", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "tqdm"}
 
 # Folders of one machine, and where packages come from; in pieces so that this file does not match itself.

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import actpress
-from actpress import layers, measure, swap
+from actpress import applied, layers, measure, swap
+from actpress.applied import Applied
 from actpress.methods import Division, Stock
 
 
@@ -109,13 +111,29 @@ def test_a_changed_tensor_is_encoded_again():
 
 
 def test_the_code_is_not_kept_once_the_graph_is_gone():
+    net, x, kept = TwoReaders(), torch.randn(2, 4, 16, 16), []
+
+    def note(tensor):
+        kept.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor.detach()
+
+    actpress.apply(net, Division())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = net(x).sum()
+    loss.backward()
+    codes = [
+        reference for reference in kept if reference.cdata not in {p.untyped_storage()._cdata for p in net.parameters()}
+    ]
+    del loss
+    assert codes and all(reference.expired() for reference in codes)
+
+
+def test_each_pass_over_one_batch_draws_new_noise():
     net, x = TwoReaders(), torch.randn(2, 4, 16, 16)
     actpress.apply(net, Division())
-    net(x).sum().backward()
-    ((_, references),) = x._actpress_kept.values()
-    assert all(reference() is None for reference in references)
-    net(x).sum().backward()
-    assert net.a.context.draws == 2  # new noise for the same batch
+    for draws in (1, 2):
+        net(x).sum().backward()
+        assert net.a.context.draws == draws
 
 
 def test_noise_is_reproducible_and_can_be_put_back():
@@ -207,3 +225,22 @@ def test_densenets_last_relu_is_replaced():
     assert not any(
         word in why for why in kept_dense for word in ("Conv2d", "BatchNorm2d", "relu", "AvgPool2d untouched: a")
     )
+
+
+def test_changed_modules_know_their_name_method_and_stock_class():
+    net = nn.Sequential(Functional(), nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    actpress.apply(net, Division(bits=4))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    for model in (net, twin):
+        noted = {applied.of(module) for module in model.modules()} - {None}
+        assert noted == {
+            Applied("0", "Division(bits=4)", Functional),
+            Applied("0.conv", "Division(bits=4)", nn.Conv2d),
+            Applied("1.0", "Division(bits=4)", nn.Linear),
+        }
+
+
+def test_a_label_shows_the_options_that_differ_from_their_defaults():
+    assert swap.label(Division()) == "Division"
+    assert swap.label(Division(bits=8), also=("block",)) == "Division(block=8, bits=8)"
+    assert swap.label(actpress.compose(Stock(), Division(block=4))) == "Stock + Division(block=4)"

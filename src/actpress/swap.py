@@ -5,8 +5,9 @@ buffers, hooks, state_dict keys and every reference to the module survive. Only 
 a forward of its own.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from actpress import functional
+from actpress.applied import Applied
 from actpress.codec import Context, Dense
 
 
@@ -79,6 +81,23 @@ def compose(*methods: Method) -> Composition:
     return Composition(methods)
 
 
+def label(method: Method, also: Collection[str] = ()) -> str:
+    """A method with the options that differ from their defaults, and those named in `also`: Division(bits=4)."""
+    if isinstance(method, Composition):
+        return " + ".join(label(part, also) for part in method.methods)
+    options = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    shown = [
+        f"{option.name}={getattr(method, option.name)!r}"
+        for option in options
+        if option.name in also or getattr(method, option.name) != _default(option)
+    ]
+    return type(method).__name__ + (f"({', '.join(shown)})" if shown else "")
+
+
+def _default(option: dataclasses.Field) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
 def _check_method(method: object) -> None:
     if not isinstance(method, Method):
         raise TypeError(
@@ -111,9 +130,11 @@ def apply(model: nn.Module, method: Method) -> Report:
     plan = [(name, module, method.replacement(name, module)) for name, module in model.named_modules()]
     report, context, functions = Report(), Context(torch.initial_seed()), method.functions()
     for name, module, replacement in plan:
-        old = type_name(type(module))
+        stock = type(module)
+        old = type_name(stock)
         if replacement is not None:
             module.__class__ = replacement.layer
+            module._actpress = Applied(name, label(method), stock)
             if replacement.codec is not None:
                 module.codec, module.context = replacement.codec, context
             if replacement.start_epoch:
@@ -126,6 +147,7 @@ def apply(model: nn.Module, method: Method) -> Report:
         ours = {function: functions[function] for function in called if function in functions}
         if ours:
             functional.intercept(module, ours)
+            module._actpress = Applied(name, label(method), stock)
         for function in sorted(called):
             where = f"{name}.{function}()".lstrip(".")
             if function in ours:

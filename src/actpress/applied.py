@@ -1,0 +1,18 @@
+"""What `apply` notes on each module that it changes, so that errors can name the layer and `restore` finds the way back."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Applied(NamedTuple):
+    """A changed module carries it as `module._actpress`. It survives pickle and deepcopy with the module."""
+
+    name: str  # in the model that apply was called with, as in model.named_modules(); "" is the model itself
+    method: str  # the method with the options that differ from their defaults: "Division(bits=4)"
+    stock: type[nn.Module]  # the module's class before
+
+
+def of(module: nn.Module) -> Applied | None:
+    """The note of `apply`; None on a module that it left as it was."""
+    return vars(module).get("_actpress")
