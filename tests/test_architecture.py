@@ -16,7 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"actpress": ROOT / "src" / "actpress", "actpress.kernels": ROOT / "kernels"}
 METHODS = FOLDERS["actpress"] / "methods"
 CHAIN = ("kernels", "codec", "layers", "activations", "sharing", "methods")
-LIBRARY = {*CHAIN, "applied", "functional", "swap", "measure", "audit"}
+LIBRARY = {
+    *CHAIN,
+    "applied",
+    "calls",
+    "check",
+    "firstpass",
+    "functional",
+    "libraries",
+    "measure",
+    "saved",
+    "saving",
+    "swap",
+    "audit",
+}
 HARNESS_DEPENDENCIES = {"hydra", "omegaconf", "wandb", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "tqdm"}
 
 # Folders of one machine, and where packages come from; in pieces so that this file does not match itself.
@@ -94,13 +107,13 @@ def names_in(source: str) -> set[str]:
 
 
 def method_names() -> set[str]:
-    """Every public class of methods/, and the names of methods' files and configs. "none" is an everyday word."""
+    """Every public class of methods/, and the names of methods' files and configs. "none" and "rules" are everyday words."""
     files = list(METHODS.glob("*.py"))
     classes = {
         node.name for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)
     }
     names = classes | {file.stem for file in files} | config_names("method")
-    return {name for name in names if not name.startswith("_")} - {"none"}
+    return {name for name in names if not name.startswith("_")} - {"none", "rules"}
 
 
 def config_names(group: str) -> set[str]:

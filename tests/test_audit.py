@@ -7,7 +7,7 @@ from torch import nn
 import actpress
 from actpress import measure
 from actpress.audit import Kept
-from actpress.methods import Division
+from actpress.methods import Division, Inverted
 
 
 class Net(nn.Module):
@@ -52,8 +52,20 @@ def test_table_lists_the_largest_first_and_the_rest_as_a_count():
     assert lines[4].startswith("total") and lines[5].startswith("compression")
 
 
-def test_bad_dtype_and_method_are_named():
+def test_bad_dtype_is_named():
     with pytest.raises(ValueError, match=r"dtype=torch.int8, allowed: torch.float32"):
         actpress.audit(Net(), (2, 3, 8, 8), torch.int8)
-    with pytest.raises(ValueError, match="matches nothing"):
-        actpress.audit(nn.Sequential(nn.GELU()), (2, 3), methods=[Division()])
+
+
+def test_two_settings_of_a_method_have_a_column_each():
+    methods = [Division(bits=2), Division(bits=8), Division(bits=8), Inverted()]
+    result = actpress.audit(nn.Sequential(Net(), nn.GELU()), (2, 3, 8, 8), methods=methods)
+    assert list(result.methods) == ["Division(bits=2)", "Division(bits=8) #1", "Division(bits=8) #2", "Inverted"]
+    assert result.total("Division(bits=2)") < result.total("Division(bits=8) #1") == result.total("Division(bits=8) #2")
+
+
+def test_a_method_that_matches_nothing_says_so_in_its_column_and_stops_no_other():
+    result = actpress.audit(Net(), (2, 3, 8, 8), methods=[Inverted(), Division()])
+    assert result.unmatched == ("Inverted",)
+    assert result.total("Inverted") == result.total() > result.total("Division")
+    assert str(result).splitlines()[-1].split() == ["matches", "nothing"]

@@ -130,7 +130,7 @@ def test_warns_where_autocast_copies():
 def test_few_bit_needs_no_sharing():
     net = mlp(nn.Dropout(0.5))
     actpress.apply(net, FewBit())
-    assert hooks(net) == 0 and first_steps(net) == []
+    assert first_steps(net) == [] and hooks(net) == 0
 
 
 def test_the_check_waits_for_training():
@@ -143,11 +143,15 @@ def test_the_check_waits_for_training():
         net(torch.randn(3, 64))
 
 
-def test_a_failed_forward_ends_the_check():
+def test_a_failed_forward_leaves_the_check_to_the_next():
     net = mlp(nn.Dropout(0.5))
     actpress.apply(net, Inverted())
+    before = hooks(net)
     with pytest.raises(RuntimeError):
         net(torch.randn(3, 65))
+    assert hooks(net) == before
+    with pytest.warns(UserWarning, match="dropout"):
+        net(torch.randn(3, 64))
     assert hooks(net) == 0
 
 

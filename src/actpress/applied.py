@@ -16,3 +16,9 @@ class Applied(NamedTuple):
 def of(module: nn.Module) -> Applied | None:
     """The note of `apply`; None on a module that it left as it was."""
     return vars(module).get("_actpress")
+
+
+def type_name(cls: type) -> str:
+    """A type with the library it is from: nn.Conv2d, actpress.Conv2d, timm.LayerNorm."""
+    library = cls.__module__.split(".")[0]
+    return f"{ {'torch': 'nn'}.get(library, library) }.{cls.__name__}".replace(" ", "")

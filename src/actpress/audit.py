@@ -6,18 +6,16 @@ since it stays alive until all of them let go: that is why memory may not drop w
 """
 
 import copy
-import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import nn
 
-from actpress import measure, swap
+from actpress import firstpass, measure, swap
+from actpress.saving import Owners
 
 MIB = 2**20
 
@@ -36,7 +34,8 @@ class Audit:
 
     types: dict[str, str]  # module name -> its stock type
     stock: dict[str, Kept]
-    methods: dict[str, dict[str, Kept]]  # method -> the same under it
+    methods: dict[str, dict[str, Kept]]  # label of the method -> the same under it
+    unmatched: tuple[str, ...] = ()  # labels of methods that match nothing in the model, which keeps what stock keeps
 
     def total(self, method: str | None = None) -> int:
         """Bytes kept for backward by the whole model, under `method` or stock."""
@@ -55,8 +54,12 @@ class Audit:
         ]
         rest = len(rows) - len(rows[:top])
         rows = rows[:top] + ([[f"{rest} more"]] if rest else [])
-        rows.append(["total", "", *(f"{sum(item.bytes for item in c.values()) / MIB:.2f}" for c in columns)])
-        rows.append(["compression", "", *(_ratio(self.total(), sum(i.bytes for i in c.values())) for c in columns)])
+        totals = [self.total(), *(self.total(label) for label in self.methods)]
+        rows.append(["total", "", *(f"{total / MIB:.2f}" for total in totals)])
+        rows.append(["compression", "", *(_ratio(totals[0], total) for total in totals)])
+        if self.unmatched:
+            said = ["matches nothing" if label in self.unmatched else "" for label in self.methods]
+            rows.append(["", "", "", *said])
         head = ["module", "type", "stock MiB", *(f"{name} MiB" for name in self.methods), "stock tensor also kept by"]
         return tabulate(rows, head, disable_numparse=True, colalign=("left", "left", *["right"] * len(columns), "left"))
 
@@ -79,69 +82,56 @@ def audit(
     """What each module of `model` keeps for backward, and under each of `methods`. `model` itself is left alone.
 
     input_shape includes the batch, e.g. (64, 3, 224, 224). dtype: float32, or bfloat16 or float16 for autocast. The model must
-    return a tensor, or a tuple or dict of tensors. Raises ValueError for other dtypes, and if a method matches no module.
+    return a tensor, or a tuple or dict of tensors. The column of a method that matches nothing in the model says so. Raises ValueError
+    for other dtypes.
     """
     allowed = (torch.float32, torch.bfloat16, torch.float16)
     if dtype not in allowed:
         raise ValueError(f"audit: dtype={dtype}, allowed: {', '.join(map(str, allowed))}")
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     stock = _kept(model, input_shape, dtype, None)
-    return Audit(types, stock, {_label(method): _kept(model, input_shape, dtype, method) for method in methods})
+    columns, unmatched = {}, []
+    for label, method in zip(labels(methods), methods, strict=True):
+        try:
+            columns[label] = _kept(model, input_shape, dtype, method)
+        except swap.NothingMatches:
+            columns[label] = stock
+            unmatched.append(label)
+    return Audit(types, stock, columns, tuple(unmatched))
+
+
+def labels(methods: Sequence[swap.Method]) -> list[str]:
+    """A label of its own for each method: options that differ from their defaults or between methods of one class; equal methods
+    are numbered."""
+    found = []
+    for method in methods:
+        same = [other for other in methods if type(other) is type(method)]
+        options = [field.name for field in fields(method)] if is_dataclass(method) else []
+        differ = [name for name in options if any(getattr(o, name) != getattr(method, name) for o in same)]
+        found.append(swap.label(method, differ if not isinstance(method, swap.Composition) else ()))
+    counts = Counter(found)
+    numbers: dict[str, int] = defaultdict(int)
+    for i, label in enumerate(found):
+        if counts[label] > 1:
+            numbers[label] += 1
+            found[i] = f"{label} #{numbers[label]}"
+    return found
 
 
 def _kept(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, method: swap.Method | None) -> dict[str, Kept]:
     with measure.fake_model(lambda: copy.deepcopy(model).to("meta")) as fake:
         if method is not None:
             swap.apply(fake, method)
-        with _Owners(fake) as owners, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        firstpass.remove_all(fake)  # the table is the answer, no warning is needed
+        with Owners(fake) as owners, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             out = fake(torch.empty(tuple(shape)))
-        result = owners.kept()
-        del out
-    return result
-
-
-class _Owners(measure.SavedBytes):
-    """SavedBytes that knows which module was running when a tensor was saved."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self._names = {module: name for name, module in model.named_modules()}
-        self._running = [""]
-        self._owner: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-    def __enter__(self) -> "_Owners":
-        super().__enter__()
-        self._stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-        return self
-
-    def _see_module(self, module: nn.Module, args: Any) -> None:
-        super()._see_module(module, args)
-        self._running.append(self._names.get(module, self._running[-1]))
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
-
-    def _pack(self, tensor: Tensor) -> Any:
-        saved = super()._pack(tensor)
-        self._owner[saved] = self._running[-1]
-        return saved
-
-    def kept(self) -> dict[str, Kept]:
-        """Module name -> what it keeps; a storage goes to the first module that saved it."""
-        readers: dict[int, list[str]] = defaultdict(list)
-        for saved, name in self._owner.items():
-            readers[measure.storage_key(saved.tensor)].append(name)
         sizes: dict[str, int] = defaultdict(int)
         others: dict[str, dict[str, None]] = defaultdict(dict)
-        for key, tensor in self.storages().items():
-            first, *rest = readers[key]
-            sizes[first] += tensor.untyped_storage().nbytes()
-            others[first].update(dict.fromkeys(name for name in rest if name != first))
-        return {name: Kept(size, tuple(others[name])) for name, size in sizes.items()}
-
-
-def _label(method: swap.Method) -> str:
-    return type(method).__name__
+        for piece in owners.pieces():
+            sizes[piece.owner] += piece.tensor.untyped_storage().nbytes()
+            others[piece.owner].update(dict.fromkeys(piece.others))
+        del out
+    return {name: Kept(size, tuple(others[name])) for name, size in sizes.items()}
 
 
 def _mib(kept: Kept | None) -> str:

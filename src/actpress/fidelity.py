@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actpress import measure, swap
+from actpress import firstpass, measure, swap
 
 Figures = dict[str, dict[str, float]]  # parameter -> cosine, cosine_sd, norm_ratio, bias, noise, excess, n
 
@@ -52,6 +52,7 @@ def saved_share(model: nn.Module, method: swap.Method, batch: tuple[Tensor, Tens
 
     stock, applied = copy.deepcopy(model), copy.deepcopy(model)
     swap.apply(applied, method)
+    firstpass.remove_all(applied)
     return saved(applied) / saved(stock)
 
 

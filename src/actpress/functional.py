@@ -1,12 +1,13 @@
 """Functions that a network calls by themselves (F.relu in a forward method) instead of as modules.
 
-A method can replace them too: the module whose forward calls one runs it under a mode that hands the call to the method's function. Calls
-are found in the source of forward methods; what no rule covers ends up in the report instead of being dense in silence.
+A method can replace them too: the module whose forward calls one runs it under a mode that hands the call to the method's function. Which
+functions a module calls is read from its source (actpress.calls); what no rule covers ends up in the report.
+
+One name has several functions in PyTorch, some with other arguments: F.batch_norm and torch.batch_norm, F.dropout and torch.dropout. A
+method's function has the arguments of torch.nn.functional's, or of torch's where there is none there; calls of the others are translated.
 """
 
-import ast
-import inspect
-import textwrap
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,59 +15,49 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Functions that keep a dense tensor for backward, by name, however they are reached (F.x, torch.x, tensor.x).
-KEEPERS = {
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "gelu",
-        "silu",
-        "hardswish",
-        "mish",
-        "softplus",
-        "tanh",
-        "sigmoid",
-    ),
-    *("softmax", "log_softmax", "dropout", "dropout2d", "max_pool2d", "avg_pool2d"),
-    *(
-        "batch_norm",
-        "layer_norm",
-        "group_norm",
-        "linear",
-        "conv2d",
-        "matmul",
-        "bmm",
-        "einsum",
-        "scaled_dot_product_attention",
-    ),
+from actpress.calls import variants
+
+
+def _torch_batch_norm(
+    ours, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True
+):
+    return ours(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _torch_layer_norm(ours, input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    return ours(input, normalized_shape, weight, bias, eps)
+
+
+def _torch_group_norm(ours, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    return ours(input, num_groups, weight, bias, eps)
+
+
+def _torch_dropout(ours, input, p, train):
+    return ours(input, p, train)
+
+
+def _torch_max_pool(ours, input, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
+    return ours(input, kernel_size, stride or None, padding, dilation, ceil_mode)
+
+
+def _torch_softmax(ours, input, dim, dtype=None):
+    return ours(input, dim, dtype=dtype)
+
+
+TRANSLATED: dict[Callable, Callable] = {  # PyTorch's function with arguments of its own -> calls ours(F's arguments)
+    torch.batch_norm: _torch_batch_norm,
+    torch.layer_norm: _torch_layer_norm,
+    torch.group_norm: _torch_group_norm,
+    torch.max_pool1d: _torch_max_pool,
+    torch.max_pool2d: _torch_max_pool,
+    torch.max_pool3d: _torch_max_pool,
+    **{getattr(torch, name): _torch_dropout for name in ("dropout", "alpha_dropout")},
+    **{getattr(place, name): _torch_softmax for place in (torch, torch.Tensor) for name in ("softmax", "log_softmax")},
 }
-
-
-def calls(module: nn.Module) -> set[str]:
-    """Names of KEEPERS that the module's own forward calls as functions; empty for PyTorch's own modules."""
-    forward = type(module).forward
-    if type(module).__module__.startswith("torch.nn"):
-        return set()
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):  # built in a shell, in C, or by a decorator
-        return set()
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in KEEPERS:
-            owner = node.func.value
-            if not (isinstance(owner, ast.Name) and owner.id == "self"):  # self.relu(x) calls a module
-                found.add(node.func.attr)
-    return found
-
-
-def variants(name: str) -> tuple[Callable, ...]:
-    """The functions called `name`: in torch.nn.functional, torch, and as a method of tensors."""
-    places = (nn.functional, torch, torch.Tensor)
-    return tuple(getattr(place, name) for place in places if hasattr(place, name))
+WITHOUT_EQUAL = (
+    torch.instance_norm,
+    torch.rrelu,
+)  # their arguments say less than F's, or other things: they stay stock
 
 
 class Replacing(TorchFunctionMode):
@@ -77,28 +68,60 @@ class Replacing(TorchFunctionMode):
         self.table = table
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self.table.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if "out" in kwargs:  # autograd does not record such a call
+            return func(*args, **kwargs)
+        return self.table.get(func, func)(*args, **kwargs)
 
 
-class _Intercepted:
+def table_of(rules: Mapping[str, Callable]) -> dict[Callable, Callable]:
+    """Name -> ours, as PyTorch's function -> what to call with its arguments."""
+    return {
+        function: functools.partial(TRANSLATED[function], ours) if function in TRANSLATED else ours
+        for name, ours in rules.items()
+        for function in variants(name)
+        if function not in WITHOUT_EQUAL
+    }
+
+
+class Intercepted:
     """Mixed in front of a module's class: its forward runs under Replacing."""
 
     function_rules: Mapping[str, Callable]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        table = {function: ours for name, ours in self.function_rules.items() for function in variants(name)}
-        with Replacing(table):
-            return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # the class is made at run time, pickle could not find it
         return _rebuild, (type(self).__bases__[1], self.__dict__)
 
 
 def intercept(module: nn.Module, rules: Mapping[str, Callable]) -> None:
-    """From now on the functions named in `rules`, called in the module's forward or below it, are what the rules say."""
-    stock = type(module)
-    module.__class__ = type(stock.__name__, (_Intercepted, stock), {"__module__": stock.__module__})
-    module.function_rules = dict(rules)
+    """From now on the functions named in `rules`, called in the module's forward or below it, are what the rules say.
+
+    A second call adds rules; of two for one name the first stays.
+    """
+    stock = stock_class(module)
+
+    @functools.wraps(stock.forward)  # libraries read its signature
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # nothing is kept
+            return stock.forward(self, *args, **kwargs)
+        with Replacing(table_of(self.function_rules)):
+            return stock.forward(self, *args, **kwargs)
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "forward": forward}
+    rules = {**rules, **vars(module).get("function_rules", {})}
+    module.__class__ = type(stock.__name__, (Intercepted, stock), names)
+    module.function_rules = rules
+
+
+def release(module: nn.Module) -> dict[str, Callable]:
+    """Undo `intercept`; returns the rules that the module had."""
+    module.__class__ = stock_class(module)
+    return module.__dict__.pop("function_rules", {})
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without what `intercept` mixed in."""
+    return type(module).__bases__[1] if isinstance(module, Intercepted) else type(module)
 
 
 def _rebuild(stock: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:

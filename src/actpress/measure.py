@@ -1,123 +1,46 @@
 """The ruler: saved bytes, peak bytes, throughput, gradient fidelity. All sizes are bytes, all times seconds.
 
 Saved bytes are exact, independent of the device, and need neither memory nor time when the tensors are fake
-(`fake_model`): "predicted" then. Saved is not peak: report both.
+(`fake_model`): "predicted" then. Saved is not peak: report both. How saved bytes are seen: actpress.saved.
 """
 
 import copy
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from actpress import swap
+from actpress import firstpass, swap
+from actpress.saved import SavedBytes, saved_bytes, storage_key
+
+__all__ = [
+    "Fidelity",
+    "SavedBytes",
+    "Throughput",
+    "compare",
+    "fake_model",
+    "gradient_fidelity",
+    "gradients",
+    "peak_bytes",
+    "peak_reserved",
+    "ran_out",
+    "rates",
+    "saved_bytes",
+    "storage_key",
+    "throughput",
+]
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-
-class _Saved:
-    """What the graph holds in place of a saved tensor; it dies with the graph."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
-class SavedBytes:
-    """Context manager around a forward pass: the tensors its graph keeps for backward.
-
-    Unique storages, whole; parameters and buffers of the modules that ran, and copies of parameters in another dtype (autocast's),
-    are left out. Read `bytes` or `storages()` while the graph is alive. Counts nothing inside non-reentrant
-    checkpoints but their inputs, as nothing else is kept. `casts=False` leaves out the search for cast parameters, which needs a
-    dispatch mode; torch.compile does not compile under one.
-    """
-
-    def __init__(self, casts: bool = True):
-        self._casts = casts
-        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
-        self._model_storages: dict[int, Any] = {}  # key -> storage, held so that keys are not reused
-
-    def __enter__(self) -> "SavedBytes":
-        self._stack = ExitStack()
-        self._stack.callback(register_module_forward_pre_hook(self._see_module).remove)
-        self._stack.enter_context(saved_tensors_hooks(self._pack, lambda saved: saved.tensor))
-        if self._casts:
-            torch.clear_autocast_cache()  # a copy made earlier would go unseen
-            self._stack.enter_context(_ParameterCasts(self._model_storages))
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stack.close()
-
-    def _see_module(self, module: nn.Module, args: Any) -> None:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            self._model_storages[storage_key(tensor)] = tensor.untyped_storage()
-
-    def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(
-            tensor.detach() if tensor.requires_grad else tensor
-        )  # holding a node's output would leak the node
-        self._saved.add(saved)
-        return saved
-
-    def storages(self) -> dict[int, Tensor]:
-        """One saved tensor for each unique storage."""
-        kept = {storage_key(saved.tensor): saved.tensor for saved in self._saved}
-        return {key: tensor for key, tensor in kept.items() if key not in self._model_storages}
-
-    @property
-    def bytes(self) -> int:
-        return self.count()
-
-    def count(self, also: Iterable[Tensor] = (), less: Iterable[Tensor] = ()) -> int:
-        """Bytes of the storages, with those of `also` (each once) and without those of `less`."""
-        counted = self.storages() | {storage_key(tensor): tensor for tensor in also}
-        left_out = {storage_key(tensor) for tensor in less}
-        return sum(tensor.untyped_storage().nbytes() for key, tensor in counted.items() if key not in left_out)
-
-
-class _ParameterCasts(TorchDispatchMode):
-    """Marks copies of known storages in another dtype as known too."""
-
-    def __init__(self, known: dict[int, Any]):
-        super().__init__()
-        self._known = known
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._known:
-            self._known[storage_key(out)] = out.untyped_storage()
-        return out
-
-
-def storage_key(tensor: Tensor) -> int:
-    """The same for tensors that share their memory; reused once the memory is gone."""
-    return tensor.untyped_storage()._cdata
-
-
-def saved_bytes(fn: Callable[[], Tensor]) -> int:
-    """Bytes kept for backward by fn, a forward pass that returns a scalar; real or fake tensors. See SavedBytes."""
-    with SavedBytes() as saved:
-        loss = fn()
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"fn must return a scalar tensor, got {got}")
-    return saved.bytes
 
 
 @contextmanager
@@ -219,6 +142,7 @@ def gradients(model: nn.Module, batch: tuple[Tensor, Tensor], method: swap.Metho
     twin = copy.deepcopy(model)
     if method is not None:
         swap.apply(twin, method)
+        firstpass.remove_all(twin)
     twin.zero_grad()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from actpress.activations import Derivative
 from actpress.codec import Dense
+from actpress.firstpass import FirstPass
 
 PASSING = (nn.Identity, nn.Flatten, nn.Unflatten)  # hand on the same memory and keep nothing
 
@@ -31,32 +32,21 @@ def watch(model: nn.Module) -> None:
 
     Activations are modules with a Derivative that keeps the output. Issues one UserWarning that names them.
     """
-    watcher = _Watcher()
-    watcher.on_model = [
-        model.register_forward_pre_hook(watcher.begin),
-        model.register_forward_hook(watcher.end, always_call=True),
-    ]
+    _Sharing().attach(model)
 
 
-class _Watcher:
-    """Hooks are bound methods of this object, so that a watched model can be copied and pickled."""
-
+class _Sharing(FirstPass):
     def __init__(self):
-        self.on_model: list[Any] = []
-        self.on_leaves: list[Any] = []
-        self.names: dict[nn.Module, str] = {}
+        super().__init__()
         self.outputs: dict[int, _Output] = {}
         self.readers: dict[str, list[str]] = {}  # activation -> why each of its readers keeps nothing, "" if it does
 
-    def begin(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
-            return
-        self.names = {module: name for name, module in model.named_modules()}
+    def start(self, model: nn.Module) -> None:
         for module in self.names:
             if next(module.children(), None) is None:
-                self.on_leaves.append(module.register_forward_pre_hook(self.see_input, with_kwargs=True))
+                self.during.append(module.register_forward_pre_hook(self.see_input, with_kwargs=True))
             if keeps_output(module):
-                self.on_leaves.append(module.register_forward_hook(self.see_output))
+                self.during.append(module.register_forward_hook(self.see_output))
 
     def see_output(self, module: nn.Module, args: Any, y: Tensor) -> None:
         if y.requires_grad:
@@ -71,17 +61,14 @@ class _Watcher:
             if why is not None:
                 self.readers.setdefault(output.name, []).append(why and f"{self.names[module]!r} {why}")
 
-    def end(self, model: nn.Module, args: Any, y: Any) -> None:
-        if torch.compiler.is_compiling() or not self.names:
-            return
-        for handle in (*self.on_model, *self.on_leaves):
-            handle.remove()
+    def finish(self, model: nn.Module, completed: bool) -> None:
+        self.outputs = {}
         alone = [f"{name!r}: {'; '.join(whys)}" for name, whys in self.readers.items() if all(whys)]
         if alone:
             warnings.warn(
                 "these activations keep an output that no other layer keeps, which saves no memory: "
                 + ", ".join(alone),
-                stacklevel=2,
+                stacklevel=3,
             )
 
 

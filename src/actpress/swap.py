@@ -6,6 +6,7 @@ a forward of its own.
 """
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from actpress import functional
-from actpress.applied import Applied
+from actpress import applied, firstpass, functional, layers, libraries, saving
+from actpress.applied import Applied, type_name
+from actpress.calls import calls
 from actpress.codec import Context, Dense
+from actpress.saving import Inputs, Saving
+
+ADDED = {
+    "_actpress",
+    "codec",
+    "context",
+    "late_codec",
+    "function_rules",
+    "calls",
+}  # attributes that apply gives to modules
+PRODUCTS, NORMS = (nn.Linear, _ConvNd), (nn.LayerNorm, _BatchNorm)  # see worth
 
 
 class Replacement(NamedTuple):
@@ -26,6 +41,9 @@ class Replacement(NamedTuple):
     layer: type[nn.Module]
     codec: Any = None
     start_epoch: int = 0  # a Codec's first epoch, see set_epoch; until then the layer keeps its input dense
+    calls: tuple[str, Callable] | None = (
+        None  # of libraries.Calling: the function of a library's forward that becomes ours
+    )
 
 
 class Method:
@@ -42,8 +60,18 @@ class Method:
         return {}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
-        """What replaces `module`, called `name` in the model; None leaves it as it is. Override to go by name."""
-        return self.rules().get(type(module))
+        """What replaces `module`, called `name` in the model; None leaves it as it is. Override to go by name.
+
+        A layer of a library that stands in for a stock type follows that type's rule, see `libraries`.
+        """
+        rules = self.rules()
+        if type(module) in rules:
+            return rules[type(module)]
+        found = libraries.stand_in(module, rules)
+        if found is None:
+            return None
+        base, mixin, calls = found
+        return rules[base]._replace(layer=mixin, calls=calls)
 
     def attach(self, model: nn.Module) -> None:
         """Called once `model` has its new layers: to leave a hook on it, for instance."""
@@ -113,56 +141,160 @@ class Report:
     untouched: dict[str, str] = field(
         default_factory=dict
     )  # name of a leaf module or function -> why it stays as it is
+    saving: Saving | None = None  # measured, where apply was given a sample
 
     def __str__(self) -> str:
-        lines = [f"{count:4d}  {old} -> {new}" for (old, new), count in sorted(Counter(self.replaced.values()).items())]
-        lines += [f"{count:4d}  {why}" for why, count in sorted(Counter(self.untouched.values()).items())]
-        return "\n".join(lines)
+        groups = [f"{old} -> {new}" for old, new in self.replaced.values()]
+        names = dict(zip(self.replaced, groups, strict=True)) | self.untouched
+        found = sorted(Counter(groups).items()) + sorted(Counter(self.untouched.values()).items())
+        if self.saving is None:
+            return "\n".join(f"{count:4d}  {group}" for group, count in found)
+        return self.saving.table(names, dict(found))
 
 
-def apply(model: nn.Module, method: Method) -> Report:
+class NothingMatches(ValueError):
+    """A method has no rule for any module or function of the model."""
+
+
+def apply(
+    model: nn.Module,
+    method: Method,
+    sample: Any = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+) -> Report:
     """Replace, in place, every module of `model` that `method` has a rule for, and the functions its forward methods call.
 
-    Parameters, buffers, state_dict keys and forward outputs stay the same. Raises TypeError if `method` is not a Method, ValueError if
-    it matches nothing in the model (applying a method twice matches nothing the second time).
+    Parameters, buffers, state_dict keys and forward outputs stay the same; `restore` is the way back.
+
+    sample: an input of the model (a tensor, a tuple of arguments or a dict of keyword arguments). The report then says what each line
+        saves, measured by a training forward pass before and after, on copies. Without it the first training forward pass of the model
+        is watched. Either way a UserWarning says so where the method keeps hardly less than the stock model, and what stayed dense.
+    where: called with each module and its name in the model; modules for which it is false are left as they are, and nothing is
+        warned of. A function is replaced for the module that calls it and for what runs below it.
+    Raises TypeError if `method` is not a Method, ValueError if it matches nothing in the model (applying a method twice matches nothing
+    the second time).
     """
     _check_method(method)
+    inputs = None if sample is None else Inputs.of(sample)
+    stock_kept = None if inputs is None else saving.kept(model, inputs)
     plan = [(name, module, method.replacement(name, module)) for name, module in model.named_modules()]
     report, context, functions = Report(), Context(torch.initial_seed()), method.functions()
     for name, module, replacement in plan:
-        stock = type(module)
-        old = type_name(stock)
-        if replacement is not None:
-            module.__class__ = replacement.layer
-            module._actpress = Applied(name, label(method), stock)
-            if replacement.codec is not None:
-                module.codec, module.context = replacement.codec, context
-            if replacement.start_epoch:
-                module.late_codec = (replacement.start_epoch, replacement.codec)
-            report.replaced[name] = (old, type_name(replacement.layer))
+        old = type_name(functional.stock_class(module))
+        leaf = next(module.children(), None) is None
+        if where is not None and not where(name, module):
+            if leaf:
+                report.untouched[name] = f"{old} untouched: left out by where"
             continue
-        if next(module.children(), None) is None:
+        if replacement is not None:
+            _replace(module, name, method, replacement, context)
+            report.replaced[name] = (old, f"actpress.{replacement.layer.__name__}")
+            continue
+        if leaf:
             report.untouched[name] = _why_untouched(module, method)
-        called = functional.calls(module)
-        ours = {function: functions[function] for function in called if function in functions}
-        if ours:
-            functional.intercept(module, ours)
-            module._actpress = Applied(name, label(method), stock)
-        for function in sorted(called):
-            where = f"{name}.{function}()".lstrip(".")
-            if function in ours:
-                report.replaced[where] = (f"{function}()", f"actpress.{function}()")
-            else:
-                report.untouched[where] = f"{function}() untouched: no rule"
+        if applied.of(module) is None or isinstance(module, functional.Intercepted):
+            _replace_functions(name, module, method, functions, report)
     if method.changes_model and not report.replaced:
-        raise ValueError(f"{method} matches nothing in {type(model).__name__}; it has: {_listed(plan)}")
+        raise NothingMatches(_no_match(model, method, plan))
     set_epoch(model, 0)
+    if inputs is not None:
+        report = dataclasses.replace(report, saving=saving.compare(model, inputs, label(method), stock_kept))
     method.attach(model)
+    if where is None and report.replaced:
+        if report.saving is None:
+            saving.watch(model, label(method), worth(method))
+        else:
+            report.saving.warn_below(worth(method))
     return report
 
 
+def _replace(module: nn.Module, name: str, method: Method, replacement: Replacement, context: Context) -> None:
+    stock = functional.stock_class(module)
+    functions = functional.release(module)
+    _note(module, name, method)
+    if issubclass(replacement.layer, layers.Extended):
+        layers.extend(module, replacement.layer)
+    else:
+        module.__class__ = replacement.layer
+    if replacement.codec is not None:
+        module.codec, module.context = replacement.codec, context
+    if replacement.start_epoch:
+        module.late_codec = (replacement.start_epoch, replacement.codec)
+    if replacement.calls is not None:
+        module.calls = replacement.calls
+        called = calls(module, stock).found - {replacement.calls[0]}
+        rules = {**method.functions(), **functions}
+        module.function_rules = {function: rules[function] for function in sorted(called) if function in rules}
+
+
+def _replace_functions(
+    name: str, module: nn.Module, method: Method, functions: Mapping[str, Callable], report: Report
+) -> None:
+    called = calls(module, functional.stock_class(module))
+    before = set(vars(module).get("function_rules", ()))
+    ours = {function: functions[function] for function in called.found - before if function in functions}
+    if ours:
+        _note(module, name, method)
+        functional.intercept(module, ours)
+    for function in sorted(called.found):
+        where = f"{name}.{function}()".lstrip(".")
+        if function in ours:
+            report.replaced[where] = (f"{function}()", f"actpress.{function}()")
+        elif function in before:
+            report.untouched[where] = f"{function}() untouched: replaced before"
+        else:
+            report.untouched[where] = f"{function}() untouched: no rule"
+    for function in sorted(called.unread):
+        where = f"{name}: {function}()"
+        report.untouched[where] = "functions untouched: no source to read what the module calls"
+
+
+def _note(module: nn.Module, name: str, method: Method) -> None:
+    before = applied.of(module)
+    text = label(method) if before is None else f"{before.method} + {label(method)}"
+    module._actpress = Applied(name, text, functional.stock_class(module) if before is None else before.stock)
+
+
+def _no_match(model: nn.Module, method: Method, plan: list[tuple[str, nn.Module, Replacement | None]]) -> str:
+    text = f"{label(method)} matches nothing in {type(model).__name__}; it has: {_listed(plan)}"
+    earlier = {note.method for module in model.modules() if (note := applied.of(module)) is not None}
+    return text + (
+        f"; {', '.join(sorted(earlier))} is applied already, actpress.restore(model) undoes that" if earlier else ""
+    )
+
+
+def worth(method: Method) -> float:
+    """`apply` warns where the method keeps less than this many times less than the stock model.
+
+    1.5 for a method with rules for products and for norms, which means to cover whole networks; else 10/9, a tenth saved.
+    """
+    types = tuple(method.rules())
+    covers = [any(issubclass(t, kind) for t in types) for kind in (PRODUCTS, NORMS)]
+    return 1.5 if all(covers) else 10 / 9
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo every `apply` on `model` or on parts of it, in place: stock classes, functions and attributes, and the hooks of apply gone.
+
+    Parameters, buffers, gradients and hooks of others stay. Returns the names, in `model`, of the modules that changed; a stock model
+    is left as it is and gives an empty list. `apply` works again afterwards, with a new stream of noise.
+    """
+    changed = []
+    for name, module in model.named_modules():
+        firstpass.remove(module)
+        note = applied.of(module)
+        if note is not None:
+            module.__class__ = note.stock
+            for attribute in ADDED & vars(module).keys():
+                delattr(module, attribute)
+            changed.append(name)
+    return changed
+
+
 def _why_untouched(module: nn.Module, method: Method) -> str:
-    cls = type(module)
+    cls, note = type(module), applied.of(module)
+    if note is not None:
+        return f"{type_name(cls)} untouched: {note.method} is applied to it"
     rules = method.rules()
     base = next((base for base in cls.__mro__ if base in rules), None)
     why = "no rule" if base is None else f"a subclass of {type_name(base)}, whose forward may differ"
@@ -176,20 +308,35 @@ def _listed(plan: list[tuple[str, nn.Module, Replacement | None]]) -> str:
     )
 
 
-def state(model: nn.Module) -> dict[str, int]:
-    """What the model's method has to remember beside the weights (position of its noise stream, epoch), to be stored with a
-    checkpoint; empty for a stock model."""
-    return {key: value for context in _contexts(model) for key, value in vars(context).items()}
-
-
-def load_state(model: nn.Module, state: Mapping[str, int]) -> None:
-    """Put the model's method where `state` found it. Raises ValueError if one has a state and the other has none."""
+def state(model: nn.Module) -> dict[str, Any]:
+    """What the model's methods have to remember beside the weights, to be stored with a checkpoint: for each call of `apply`, in the
+    order of its first layer, the position of its noise stream and the epoch. Plain numbers, lists and dicts; empty for a stock model."""
     contexts = _contexts(model)
-    if bool(contexts) != bool(state):
-        raise ValueError(f"method state {dict(state)} does not fit a model {'with' if contexts else 'without'} codecs")
-    for context in contexts:
-        vars(context).update(state)
-        set_epoch(model, context.epoch)
+    return {"contexts": [dict(vars(context)) for context in contexts]} if contexts else {}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put the model's methods where `state` found them. Raises ValueError if the model has more or fewer contexts than the state.
+
+    A state of an older version, {seed, draws, epoch}, is that of a single context; where the model has several, all get it, and a
+    UserWarning says that resuming is not bit for bit.
+    """
+    contexts = _contexts(model)
+    old = "draws" in state
+    states = [state] * max(len(contexts), 1) if old else state.get("contexts", [])
+    if len(contexts) != len(states):
+        raise ValueError(
+            f"method state {dict(state)} does not fit a model with {len(contexts)} applied methods that keep codes; "
+            "allowed: the state of a model on which apply was called in the same way"
+        )
+    if old and len(contexts) > 1:
+        warnings.warn(
+            f"the method state holds 1 of {len(contexts)} positions in noise streams: resuming is not bit for bit",
+            stacklevel=2,
+        )
+    for context, values in zip(contexts, states, strict=True):
+        vars(context).update(values)
+    _set_late_codecs(model)
 
 
 def set_epoch(model: nn.Module, epoch: int) -> None:
@@ -197,20 +344,18 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
     their layers keep inputs dense until then. A compiled model is compiled again once, when they start."""
     for context in _contexts(model):
         context.epoch = epoch
+    _set_late_codecs(model)
+
+
+def _set_late_codecs(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "late_codec"):
             first, codec = module.late_codec
-            module.codec = codec if epoch >= first else Dense()
+            module.codec = codec if module.context.epoch >= first else Dense()
 
 
 def _contexts(model: nn.Module) -> list[Context]:
-    """The context of the applied method: none for a stock model, else one, shared by all layers."""
+    """The context of each call of `apply`, in the order of the first layer that has it: none for a stock model."""
     return list(
         {id(m.context): m.context for m in model.modules() if isinstance(getattr(m, "context", None), Context)}.values()
     )
-
-
-def type_name(cls: type) -> str:
-    """A type with the library it is from: nn.Conv2d, actpress.Conv2d, timm.LayerNorm."""
-    library = cls.__module__.split(".")[0]
-    return f"{ {'torch': 'nn'}.get(library, library) }.{cls.__name__}".replace(" ", "")
