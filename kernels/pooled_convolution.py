@@ -10,12 +10,16 @@ Bytes decide. Spread writes less where there are few input channels, as in a 7x7
 meet the same blocks everywhere count once, so of the stem's 49 there are 16 for blocks of 2. Where every position stays what it is (1x1,
 stride and block 2), nothing is written: the product is that of dY and p(x).
 
+Large kernels of many taps (31x31) would write a hundred times what x and dY hold: more than MOST times, and x~ is decoded instead. What a
+CPU does is in pooled_product.py.
+
 What the kernel writes lies as dY does. The other operand is a view of dY or p(x), but for the sums of NCHW maps a copy of p(x).
 
 Shapes: dY [N, O, P, Q], p(x) [N, I, h, w].
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +27,11 @@ from torch import Tensor
 
 from . import launch
 from .layout import is_channels_last
+from .pooled_product import by_decoding, conv2d_weight_grad_composed
 from .pooled_taps import CONFIGS, Axis, axis_of, met_bytes, met_reference, met_triton
 from .pooling import conv2d_weight_grad_reference, pool_reference
+
+MOST = 8  # elements that the kernel may write for each of x and dY
 
 
 class Plan(NamedTuple):
@@ -45,6 +52,11 @@ class Plan(NamedTuple):
     def kept(self) -> bool:
         """What the kernel would write is what it reads."""
         return self.rows.kept and self.columns.kept
+
+    def elements(self, pooled: Tensor, dy: Tensor) -> int:
+        """That the kernel writes."""
+        channels = (pooled if self.spread else dy).shape[1]
+        return 0 if self.kept else self.taps * dy.shape[0] * channels * self.rows.written * self.columns.written
 
     @property
     def by_sample(self) -> bool:
@@ -131,7 +143,7 @@ def _conv2d_weight_grad(
     align: str,
 ) -> Tensor:
     geometry = size, weight_shape, stride, padding, dilation, groups, block, align
-    return conv2d_weight_grad_reference(pooled, dy, *geometry)
+    return conv2d_weight_grad_composed(pooled, dy, *geometry)
 
 
 @_conv2d_weight_grad.register_fake
@@ -139,7 +151,19 @@ def _(pooled: Tensor, dy: Tensor, size: Sequence[int], weight_shape: Sequence[in
     return dy.new_empty(weight_shape)
 
 
-launch.on_cuda(_conv2d_weight_grad, lambda *inputs: conv2d_weight_grad_triton(*inputs)[0])
+def has_too_many_taps(pooled_NIhw: Tensor, dy_NOPQ: Tensor, *geometry: Any) -> bool:
+    """Whether the kernel would write more than MOST times the elements of x and dY."""
+    dense = pooled_NIhw.shape[0] * pooled_NIhw.shape[1] * prod(geometry[0]) + dy_NOPQ.numel()
+    return plan_of(pooled_NIhw, dy_NOPQ, *geometry).elements(pooled_NIhw, dy_NOPQ) > MOST * dense
+
+
+def _on_cuda(pooled: Tensor, dy: Tensor, *geometry: Any) -> Tensor:
+    if 0 not in (pooled.numel(), dy.numel()) and has_too_many_taps(pooled, dy, *geometry):
+        return by_decoding(pooled, dy, *geometry)
+    return conv2d_weight_grad_triton(pooled, dy, *geometry)[0]
+
+
+launch.on_cuda(_conv2d_weight_grad, _on_cuda)
 
 
 def conv2d_weight_grad(
@@ -155,7 +179,7 @@ def conv2d_weight_grad(
     align: str,
 ) -> Tensor:
     """dW [O, I / groups, kh, kw] in dy's dtype against x~ of `size` (H, W), from block means and dy of any strides."""
-    run = _conv2d_weight_grad if launch.on_gpu(dy_NOPQ) else conv2d_weight_grad_reference
+    run = _conv2d_weight_grad if launch.on_gpu(dy_NOPQ) else conv2d_weight_grad_composed
     return run(pooled_NIhw, dy_NOPQ, size, weight_shape, stride, padding, dilation, groups, block, align)
 
 

@@ -4,9 +4,9 @@
     x~         = p(x) upsampled (nearest): what the weight gradient is taken against
     dW[:, :, a, b] = sum over blocks of S_ab p(x)^T,  S_ab = dY summed over the pixels whose tap (a, b) falls into each block
 
-The upsampled map is never built: tap (a, b) of the kernel meets pixel (stride * row + dilation * a - padding) of x~, so dY, summed over
-the rows and columns that meet the same block, is all a matrix product with p(x) needs. Exact against x~, with k^2 fewer FLOPs.
-The weight gradient's kernel is in pooled_convolution.py.
+The reference does not build the upsampled map: tap (a, b) of the kernel meets pixel (stride * row + dilation * a - padding) of x~, so dY,
+summed over the rows and columns that meet the same block, is all a matrix product with p(x) needs. Exact against x~, with k^2 fewer FLOPs.
+The weight gradient's kernel is in pooled_convolution.py, what is cheaper than all taps in pooled_product.py.
 
 align="ceil": block of pixel h is h // k; a last, smaller block holds the mean of what it covers.
 align="authors": the official code's floor mode. Only whole blocks are pooled, from the top left; upsampled, they are padded with zeros at
@@ -36,14 +36,16 @@ def pool_reference(x_NCHW: Tensor, block: int, align: str) -> Tensor:
 
 def upsample_reference(pooled_NCHW: Tensor, size: tuple[int, int], block: int, align: str) -> Tensor:
     """Block means -> x~ [N, C, H, W]."""
-    out = pooled_NCHW
-    for axis, length in enumerate(size, start=2):
-        index = block_of(torch.arange(length, device=out.device), length, block, align)
-        out = out.index_select(axis, index.clamp(min=0))
-        if align == "authors":
-            shape = [1, 1, 1, 1]
-            shape[axis] = length
-            out = out * (index >= 0).view(shape).to(out.dtype)
+    out, before = pooled_NCHW, [0, 0]
+    for axis in (3, 2):  # columns first, while there are few rows
+        length = size[axis - 2]
+        side = min(block, length)
+        out = out.repeat_interleave(side, axis)  # several times as fast on a CPU as an index per pixel
+        before[axis - 2] = length % side if align == "authors" else 0
+        if out.shape[axis] + before[axis - 2] > length:
+            out = out.narrow(axis, 0, length)
+    if any(before):
+        out = F.pad(out, (before[1], 0, before[0], 0))
     return out
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from actpress.codec import Context, Conv, Like
+from actpress.codec import Context, Conv, Like, convolution_backward
+from actpress.kernels.pooled_product import by_decoding, by_smaller, conv2d_weight_grad_composed, smaller_axes
 from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_max, pool_reference, upsample_reference
 from actpress.methods.pooling import PoolingCodec
 
@@ -20,7 +23,38 @@ CONVS = {
     "depthwise": (6, 6, (3, 3), (2, 1), (1, 1), (1, 1), 6),
     "odd": (2, 3, (2, 4), (3, 1), (0, 2), (1, 3), 1),
 }
+WAYS = {  # beside CONVS: where one of the ways is exact only if it looks after an edge, or costs much
+    "4x4 patches": (3, 5, (4, 4), (4, 4), (0, 0), (1, 1), 1),
+    "12x12 patches": (3, 2, (12, 12), (12, 12), (0, 0), (1, 1), 1),
+    "6x4 patches, padded": (3, 5, (6, 4), (6, 4), (2, 1), (1, 1), 1),
+    "stride 4": (3, 4, (7, 7), (4, 4), (3, 3), (1, 1), 1),
+    "stride 6, dilated": (4, 2, (3, 3), (6, 6), (3, 1), (4, 2), 2),
+    "stride 12 of padding": (2, 3, (1, 1), (12, 12), (6, 9), (1, 1), 1),
+    "depthwise patches": (6, 6, (4, 4), (4, 4), (1, 1), (1, 1), 6),
+    "depthwise 7x7": (6, 6, (7, 7), (1, 1), (3, 3), (1, 1), 6),
+    "depthwise 31x31": (2, 2, (31, 31), (1, 1), (15, 15), (1, 1), 2),
+    "wide 3x3": (96, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "grouped 1x1": (6, 12, (1, 1), (1, 1), (0, 0), (1, 1), 3),
+}
 SIZES = [(1, 14, 14), (2, 7, 7), (3, 13, 10)]
+
+
+def inputs(conv, size, block, align, dtype=torch.float64):
+    """p(x), dY, and the geometry of a convolution of CONVS or WAYS over maps of size (N, H, W); and dW against x~, of autograd."""
+    channels, out, kernel, stride, padding, dilation, groups = conv
+    x = torch.randn(size[0], channels, *size[1:], dtype=dtype)
+    pooled = pool_reference(x, block, align)
+    upsampled = upsample_reference(pooled, size[1:], block, align)
+    assert upsampled.shape == x.shape
+    weight = torch.randn(out, channels // groups, *kernel, dtype=dtype, requires_grad=True)
+    y = F.conv2d(upsampled, weight, None, stride, padding, dilation, groups)
+    dy = torch.randn_like(y)
+    geometry = size[1:], weight.shape, stride, padding, dilation, groups, block, align
+    return pooled, dy, geometry, torch.autograd.grad(y, weight, dy)[0]
+
+
+def assert_exact(name, got, expected):
+    assert (got - expected).norm() <= 1e-12 * expected.norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("align", ["ceil", "authors"])
@@ -28,19 +62,64 @@ SIZES = [(1, 14, 14), (2, 7, 7), (3, 13, 10)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", CONVS)
 def test_weight_gradient_is_that_of_the_upsampled_map(name, size, block, align):
-    channels, out, kernel, stride, padding, dilation, groups = CONVS[name]
-    n, height, width = size
-    x = torch.randn(n, channels, height, width, dtype=torch.float64)
-    pooled = pool_reference(x, block, align)
-    upsampled = upsample_reference(pooled, (height, width), block, align)
-    assert upsampled.shape == x.shape
-    weight = torch.randn(out, channels // groups, *kernel, dtype=torch.float64, requires_grad=True)
-    y = F.conv2d(upsampled, weight, None, stride, padding, dilation, groups)
-    dy = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, weight, dy)
-    conv = (weight.shape, stride, padding, dilation, groups)
-    got = conv2d_weight_grad_reference(pooled, dy, (height, width), *conv, block, align)
-    assert (got - expected).norm() <= 1e-12 * expected.norm() + 1e-12, "dW"
+    pooled, dy, geometry, expected = inputs(CONVS[name], size, block, align)
+    assert_exact("dW", conv2d_weight_grad_reference(pooled, dy, *geometry), expected)
+
+
+@pytest.mark.parametrize("align", ["ceil", "authors"])
+@pytest.mark.parametrize("block", [2, 3, 4, 20])
+@pytest.mark.parametrize("size", [(1, 14, 14), (2, 16, 24), (3, 13, 18), (1, 12, 1)], ids=str)
+@pytest.mark.parametrize("name", [*CONVS, *WAYS])
+def test_every_way_to_the_weight_gradient_is_exact(name, size, block, align):
+    conv = CONVS.get(name) or WAYS[name]
+    reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(conv[2], conv[4], conv[5], strict=True)]
+    size = (size[0], *(max(length, least) for length, least in zip(size[1:], reach, strict=True)))
+    pooled, dy, geometry, expected = inputs(conv, size, block, align)
+    assert_exact("decoded", by_decoding(pooled, dy, *geometry), expected)
+    assert_exact("chosen", conv2d_weight_grad_composed(pooled, dy, *geometry), expected)
+    axes = smaller_axes(dy, *geometry)
+    if axes is not None:
+        assert_exact("smaller", by_smaller(pooled, dy, axes, geometry[1], geometry[5]), expected)
+
+
+@pytest.mark.parametrize("name", ["1x1 stride 2", "4x4 patches", "12x12 patches", "stride 4", "depthwise patches"])
+def test_blocks_that_divide_the_stride_make_a_smaller_convolution(name):
+    conv = CONVS.get(name) or WAYS[name]
+    _, dy, geometry, _ = inputs(conv, (1, 24, 24), 2, "ceil")
+    rows, columns = smaller_axes(dy, *geometry)
+    least = -(-conv[2][0] // 2) + (name == "depthwise patches")  # padded by 1, a tap more
+    assert rows.taps == columns.taps == least
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that operations put out, views left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and not func.is_view and t._base is None:
+                self.elements += t.numel()
+        return out
+
+
+@pytest.mark.parametrize("name", [*CONVS, *WAYS])
+@pytest.mark.parametrize("block", [2, 4])
+def test_no_convolution_costs_much_more_than_stock(name, block):
+    """No more multiplications than stock's weight gradient; and with what is written on the way, an element of which takes a core about as
+    long as 50 multiply-adds, within three times what stock does and reads."""
+    conv = CONVS.get(name) or WAYS[name]
+    pooled, dy, geometry, _ = inputs(conv, (2, 48, 48), block, "ceil", torch.float32)
+    _, weight_shape, *rest = geometry
+    x = torch.randn(2, conv[0], 48, 48)
+    with FlopCounterMode(display=False) as stock:
+        convolution_backward(dy, x, torch.empty(weight_shape), Conv(weight_shape, *rest[:-2]), (False, True, False))
+    with FlopCounterMode(display=False) as ours, Written() as written:
+        conv2d_weight_grad_composed(pooled, dy, *geometry)
+    assert ours.get_total_flops() <= stock.get_total_flops()
+    moved = x.numel() + dy.numel() + weight_shape.numel()
+    assert ours.get_total_flops() / 2 + 50 * written.elements <= 3 * (stock.get_total_flops() / 2 + 50 * moved)
 
 
 @pytest.mark.parametrize("size", [8, 7, 5, 1])

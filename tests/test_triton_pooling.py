@@ -7,6 +7,7 @@ from torch.nn import functional as F
 import actpress
 from actpress.kernels import launch, pooled_convolution, pooled_taps, pooling
 from actpress.kernels.pooled_convolution import conv2d_weight_grad_triton, plan_of
+from actpress.kernels.pooled_product import conv2d_weight_grad_composed
 from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_reference, pool_triton
 from actpress.methods.pooling import PoolingCodec
 from devices import BACKENDS, assert_close, assert_same, last_program_only, mimic_gpu, traffic
@@ -245,11 +246,13 @@ def test_the_operations_compile():
         assert_same(name, ours, eager)
 
 
-def test_a_cpu_takes_the_reference_and_the_codec_asks_the_public_functions(monkeypatch):
+def test_a_cpu_takes_no_kernel_and_the_codec_asks_the_public_functions(monkeypatch):
     pooled, dy, *geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
-    x, expected = torch.randn(2, 5, 7, 9), conv2d_weight_grad_reference(pooled, dy, *geometry)
+    x, expected = torch.randn(2, 5, 7, 9), conv2d_weight_grad_composed(pooled, dy, *geometry)
     assert_same("p(x)", pooling.pool(x, 2, "ceil"), pool_reference(x, 2, "ceil"))
-    assert_same("dW", pooled_convolution.conv2d_weight_grad(pooled, dy, *geometry), expected)
+    with launch.recorded() as launches:
+        assert_same("dW", pooled_convolution.conv2d_weight_grad(pooled, dy, *geometry), expected)
+    assert not launches
     mimic_gpu(monkeypatch)
     called = []
     for module, name in ((pooling, "_pool"), (pooled_convolution, "_conv2d_weight_grad")):
@@ -259,6 +262,28 @@ def test_a_cpu_takes_the_reference_and_the_codec_asks_the_public_functions(monke
     actpress.apply(layer, actpress.methods.Pooling(2))
     layer(x).sum().backward()
     assert called == ["_pool", "_conv2d_weight_grad"] and isinstance(layer[0].codec, PoolingCodec)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups", "block", "too_many"),
+    [(3, 1, 1, 2, False), (7, 1, 8, 2, False), (16, 16, 1, 2, False), (31, 1, 8, 2, True), (31, 1, 1, 4, True)],
+)
+def test_many_taps_are_decoded_before_anything_is_launched(kernel, stride, groups, block, too_many, monkeypatch):
+    """What the kernel would write is bounded whatever the convolution, and dW is the same."""
+    x, padding = torch.randn(1, 8, 32, 32), 0 if stride == kernel else kernel // 2
+    weight_shape = torch.Size((8, 8 // groups, kernel, kernel))
+    dy = torch.randn_like(F.conv2d(x, torch.zeros(weight_shape), None, stride, padding, 1, groups))
+    pair = (stride, stride), (padding, padding), (1, 1)
+    geometry = (32, 32), weight_shape, *pair, groups, block, "ceil"
+    pooled = pool_reference(x, block, "ceil")
+    assert pooled_convolution.has_too_many_taps(pooled, dy, *geometry) == too_many
+    monkeypatch.setattr(pooled_convolution, "conv2d_weight_grad_triton", lambda *_: ("the kernel", None))
+    dw = pooled_convolution._on_cuda(pooled, dy, *geometry)
+    if too_many:
+        exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), *geometry)
+        assert_close("dW", dw, exact, 1e-6)  # sums of 1024 terms in fp32
+    else:
+        assert dw == "the kernel"
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ The idea: keep the block means of every convolution's input instead of the input
     AvgPool2d       nothing, exact
     BatchNorm2d     stock: its input stays dense
 
-Weight gradients are taken against the upsampled means, which are never built (kernels/pooling.py; kernels/pooled_convolution.py on a GPU):
-approximate and biased, their norm shrinks. Input and bias gradients are exact.
+Weight gradients are taken against the upsampled means, which are built, one layer's at a time, only where that is cheapest
+(kernels/pooled_product.py; kernels/pooled_convolution.py on a GPU): approximate and biased, their norm shrinks. Input and bias
+gradients are exact.
 
 align="authors", relu="stock" is the official code: floor-mode pooling, one pooled copy per reader, everything but convolutions stock. Its
 "block 1" baseline copies every conv input.
