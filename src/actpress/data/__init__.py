@@ -8,12 +8,14 @@ flip; otherwise stream. Asking for one that cannot do the work is an error, neve
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .augment import Augment
+from .files import ImageError as ImageError
+from .files import shown
 from .resident import ResidentLoader
 from .sources import SOURCES, Images, load
 from .stream import StreamLoader
@@ -49,7 +51,8 @@ def create(
     where not null, keep that many images, chosen by one fixed permutation, the same for every seed.
     synthetic images are noise and are not augmented. A folder of files adds its format to the label: "CIFAR-10 (JPEG)".
 
-    Raises ValueError for a value that is not allowed, FileNotFoundError for data that are not there.
+    Raises ValueError for a value that is not allowed, FileNotFoundError for data that are not there, and ImageError, a
+    ValueError that names the file, for one that cannot be read: here, or in the stream pipeline when its batch is asked for.
     """
     name, image_size, batch_size = data["name"], data["image_size"], recipe["batch_size"]
     if name not in NAMES:
@@ -60,6 +63,8 @@ def create(
         raise ValueError(f"seed is {seed}; allowed: integers from 0")
     _check_integers(data, recipe)
     augment = Augment() if name == "synthetic" else Augment.read(recipe["augment"])
+    if augment.crop_pct is None:  # before the choice of a pipeline: resident cannot do another one than 1
+        augment = replace(augment, crop_pct=0.875 if name == "imagenet" else 1.0)
 
     sizes = data["train_size"], data["test_size"]
     full = load(name, data["source"], data["root"], data["num_classes"], image_size, *sizes)
@@ -67,7 +72,7 @@ def create(
     if batch_size > len(train):
         raise ValueError(f"recipe.batch_size is {batch_size}; allowed: up to the {len(train)} training images")
 
-    pipeline = _pipeline(data["pipeline"], name, train, image_size, augment)
+    pipeline = _pipeline(data["pipeline"], name, (train, test), image_size, augment)
     shared = {
         "batch_size": batch_size,
         "augment": augment,
@@ -80,7 +85,7 @@ def create(
         loaders = [ResidentLoader(images, train=images is train, **shared) for images in (train, test)]
     else:
         shared["image_size"] = image_size
-        shared["crop_pct"] = augment.crop_pct or (0.875 if name == "imagenet" else 1.0)
+        shared["crop_pct"] = augment.crop_pct
         loaders = [StreamLoader(images, train=images is train, workers=workers, **shared) for images in (train, test)]
 
     label = data["label"]
@@ -113,18 +118,20 @@ def _keep(images: Images, size: int | None, key: str) -> Images:
     return images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:size].tolist())
 
 
-def _pipeline(asked: str, name: str, images: Images, image_size: int, augment: Augment) -> str:
-    """The pipeline to use; ValueError if the one that was asked for cannot do what the recipe and the size need."""
+def _pipeline(asked: str, name: str, sets: tuple[Images, Images], image_size: int, augment: Augment) -> str:
+    """The pipeline to use; ValueError if the one that was asked for cannot do what the recipe and the sizes need."""
     if name == "synthetic":
         if asked == "stream":
             raise ValueError("data.pipeline 'stream' is not available for synthetic; allowed: auto, resident")
         return "resident"
     obstacles = [f"augment.{field}" for field in augment.host_only()]
-    if images.size != (image_size, image_size):
-        obstacles.append(f"resizing {images.size[0]}x{images.size[1]} images to image_size {image_size}")
+    for images, what in zip(sets, ("images", "test images"), strict=True):
+        if images.size != (image_size, image_size):
+            example = f" ({shown(images.path(0))})" if images.path(0) else ""
+            obstacles.append(f"resizing {images.size[0]}x{images.size[1]} {what} to image_size {image_size}{example}")
     if asked == "resident" and obstacles:
         raise ValueError(f"data.pipeline 'resident' cannot do {', '.join(obstacles)}; allowed here: auto, stream")
     if asked == "auto":
-        fits = 3 * image_size**2 * len(images) <= _RESIDENT_BYTES
+        fits = 3 * image_size**2 * len(sets[0]) <= _RESIDENT_BYTES
         return "resident" if fits and not obstacles else "stream"
     return asked

@@ -18,6 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from .augment import Augment, mix, seeded
+from .files import LOSSY, ImageError, Notes
 from .sources import Images
 
 
@@ -49,12 +50,12 @@ class StreamLoader:
             _Samples(images, transform, seed),
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=fast_collate,
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or the loader would draw its worker seed from the global stream
         )
-        self.loader = PrefetchLoader(loader, mean=tuple(mean), std=tuple(std), device=device)
+        self.loader = PrefetchLoader(_Noting(loader, images), mean=tuple(mean), std=tuple(std), device=device)
         erasing = augment.random_erasing if train else None
         self.erase = RandomErasing(erasing, device=device) if erasing else None
 
@@ -95,7 +96,7 @@ class _Batches:
 
 
 class _Samples(torch.utils.data.Dataset):
-    """(epoch, index) -> (transformed uint8 image [3, S, S], label), under the sample's own seed."""
+    """(epoch, index) -> (transformed uint8 image [3, S, S], label, (index, notes on the file)), under the sample's own seed."""
 
     def __init__(self, images: Images, transform, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
@@ -103,10 +104,43 @@ class _Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[int, tuple[str, ...]]]:
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            return self.transform(self.images.pil(index)), int(self.images.labels[index])
+            image, notes = self.images.read(index)
+            return self.transform(image), int(self.images.labels[index]), (index, notes)
+
+
+def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, list[tuple[int, tuple[str, ...]]]]:
+    """A batch, and the notes on those of its files that have any."""
+    x_BCHW, y_B = fast_collate([(image, label) for image, label, _ in samples])
+    return x_BCHW, y_B, [about for *_, about in samples if about[1]]
+
+
+class _Noting:
+    """The batches of a loader. What its workers note on files is said here, at the end of a pass, with one count for all of them."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, images: Images) -> None:
+        self.loader, self.images = loader, images
+        self.notes = Notes()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        unreadable = None
+        try:
+            for x_BCHW, y_B, about in self.loader:
+                for index, kinds in about:
+                    for kind in kinds:
+                        self.notes.add(kind, self.images.path(index))
+                yield x_BCHW, y_B
+        except ImageError as error:  # a worker's text is a traceback, the name of the class, the message
+            unreadable = str(error).rpartition(f"{ImageError.__module__}.{ImageError.__qualname__}: ")[2].strip()
+            error.__traceback__ = None  # torch's refers to itself and to the workers, which would then be stopped late
+        if unreadable:
+            raise ImageError(unreadable)
+        self.notes.warn(LOSSY)
 
 
 def _train_transform(augment: Augment, image_size: int, mean: tuple[float, ...]):

@@ -1,0 +1,224 @@
+"""Class folders: DIR/<split>/<class>/**/<image>, two splits with the same classes.
+
+The folders directly under a split are the classes, numbered in natural order of their names. Images in sub-folders belong to the
+class folder above them. Links are followed; no file is listed twice, and a link back into the data set ends there. What lies in
+the folders and is not used is said in one warning with counts: hidden entries, files that are no images, images outside a class.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import FORMAT_OF, Notes, shown
+
+_SYSTEM = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # folders no user made
+_NAMED = 5  # how many names an error lists
+
+HIDDEN = "hidden or system entries"
+OUTSIDE = "images beside the class folders"
+AGAIN = "links to what is listed already"
+SPECIAL = "entries that are neither files nor folders"
+
+
+@dataclass
+class Split:
+    """One of the two folders, read: `classes` in natural order, `samples` as (path, class index) in natural order of the paths."""
+
+    path: Path
+    classes: list[str] = field(default_factory=list)
+    samples: list[tuple[str, int]] = field(default_factory=list)
+    links: list[tuple[str, str, str]] = field(default_factory=list)  # images that are links: (path, real path, class)
+    files: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a linked image -> (path, class)
+    folders: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a folder -> (path, class)
+    nested: str | None = None  # an image in a sub-folder of a class folder
+
+    def where(self, real: str) -> tuple[str, str] | None:
+        """(path, class) under which the image at this real path is listed; None if it is not."""
+        if real in self.files:
+            return self.files[real]
+        above, name = os.path.split(real)
+        if above not in self.folders or not _is_image(name):
+            return None
+        folder, label = self.folders[above]
+        return os.path.join(folder, name), label
+
+
+def read(train: Path, test: Path, layout: str, num_classes: int) -> tuple[Split, Split]:
+    """Both splits. Raises FileNotFoundError for one that is missing, ValueError for classes that differ, are empty, or are not
+    num_classes in number, and for a file that is listed in two classes. Warns of what is not used."""
+    for path in (train, test):
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is missing; expected the layout {layout}")
+    unused = Notes()
+    classes = [_class_folders(path, unused) for path in (train, test)]
+    own = [os.path.realpath(entry.path) for entries in classes for entry in entries]
+    own += [os.path.realpath(path) for path in (train, test)]
+    splits = [_scan(path, entries, own, unused) for path, entries in zip((train, test), classes, strict=True)]
+    for split in splits:
+        _drop_repeated_links(split, unused)
+    _compare(*splits)
+    unused.warn("not used in the image folders: ")
+    for split in splits:
+        _check_filled(split, layout)
+    _check_classes(*splits, num_classes)
+    return splits[0], splits[1]
+
+
+def _class_folders(path: Path, unused: Notes) -> list[os.DirEntry]:
+    """The class folders of a split, in natural order. A link to a folder that holds the split is none."""
+    found = []
+    real = os.path.realpath(path)
+    for entry in _entries(path, unused):
+        if not _is_folder(entry):
+            unused.add(OUTSIDE if _is_image(entry.name) else _other(entry.name), entry.path)
+        elif entry.is_symlink() and _holds(os.path.realpath(entry.path), real):
+            unused.add(AGAIN, entry.path)
+        else:
+            found.append(entry)
+    return sorted(found, key=lambda entry: (_natural(entry.name), entry.name))
+
+
+def _scan(path: Path, entries: list[os.DirEntry], own: list[str], unused: Notes) -> Split:
+    split = Split(path, [entry.name for entry in entries])
+    for index, entry in enumerate(entries):
+        split.samples += ((image, index) for image in _images(entry.path, entry.name, split, own, unused))
+    split.samples.sort(key=lambda sample: (_natural(sample[0]), sample[0]))
+    return split
+
+
+def _images(folder: str, label: str, split: Split, own: list[str], unused: Notes) -> Iterator[str]:
+    """Paths of the images in and under `folder`, each real folder once; `own` are the real paths of the data set's folders."""
+    real = os.path.realpath(folder)
+    if real in split.folders:
+        _check_same_class(folder, label, *split.folders[real])
+        unused.add(AGAIN, folder)
+        return
+    split.folders[real] = folder, label
+    for entry in _entries(folder, unused):
+        if _is_folder(entry):
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if any(_holds(target, kept) or _holds(kept, target) for kept in own):
+                    unused.add(AGAIN, entry.path)
+                    continue
+            yield from _images(entry.path, label, split, own, unused)
+        elif not _is_image(entry.name):
+            unused.add(_other(entry.name), entry.path)
+        elif not (entry.is_symlink() or entry.is_file()):
+            unused.add(SPECIAL, entry.path)
+        else:
+            if entry.is_symlink() and os.path.isfile(entry.path):  # a dead link stays a sample: reading it names it
+                split.links.append((entry.path, os.path.realpath(entry.path), label))
+            if split.nested is None and os.path.dirname(folder) != os.fspath(split.path):
+                split.nested = entry.path
+            yield entry.path
+
+
+def _drop_repeated_links(split: Split, unused: Notes) -> None:
+    """Images that are links to images of the same split: listed once, and refused where their classes differ."""
+    repeated = set()
+    for path, real, label in split.links:
+        first = split.where(real)
+        if first is None:
+            split.files[real] = path, label
+        else:
+            _check_same_class(path, label, *first)
+            repeated.add(path)
+            unused.add(AGAIN, path)
+    if repeated:
+        split.samples = [sample for sample in split.samples if sample[0] not in repeated]
+
+
+def _compare(train: Split, test: Split) -> None:
+    """Warn of images that both splits hold through links, which makes a test accuracy one of training."""
+    shared = Notes()
+    pairs = [(found, train.folders.get(real)) for real, found in test.folders.items()]
+    pairs += [(found, train.where(real)) for real, found in test.files.items()]
+    pairs += [(found, test.where(real)) for real, found in train.files.items() if real not in test.files]
+    for (path, label), other in pairs:
+        if other is not None:
+            _check_same_class(path, label, *other)
+            shared.add("files or folders are in both", path)
+    shared.warn("training images are tested on: ")
+
+
+def _check_same_class(path: str, label: str, other_path: str, other: str) -> None:
+    if label != other:
+        raise ValueError(
+            f"{shown(path)} and {shown(other_path)} are the same, through links, in class {label!r} and in class {other!r}; "
+            "expected in one class"
+        )
+
+
+def _check_filled(split: Split, layout: str) -> None:
+    if not split.samples:
+        raise ValueError(f"{shown(split.path)} holds no images in class folders; expected the layout {layout}")
+    filled = {label for _, label in split.samples}
+    empty = [name for index, name in enumerate(split.classes) if index not in filled]
+    if empty:
+        paths = [shown(split.path / name) for name in empty]
+        raise ValueError(
+            f"class folder without images: {_listed(paths)}; expected at least one image in each class folder"
+        )
+
+
+def _check_classes(train: Split, test: Split, num_classes: int) -> None:
+    odd = [name for name in train.classes if name not in set(test.classes)]
+    odd += [name for name in test.classes if name not in set(train.classes)]
+    if odd:
+        which = "class" if len(odd) == 1 else "classes"
+        raise ValueError(
+            f"{which} {_listed([repr(name) for name in odd])}: in only one of {shown(train.path)} and {shown(test.path)}; "
+            "expected in both"
+        )
+    if len(train.classes) != num_classes:
+        nested = f"; {shown(train.nested)} belongs to the class folder above it" if train.nested else ""
+        raise ValueError(
+            f"{shown(train.path)} has {len(train.classes)} classes with images; expected {num_classes} (data.num_classes): "
+            f"{_listed([repr(name) for name in train.classes])}{nested}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _entries(folder: str | Path, unused: Notes) -> list[os.DirEntry]:
+    """What is in a folder, by name, without what a system or an editor hid there."""
+    with os.scandir(folder) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    for entry in entries:
+        if _is_hidden(entry.name):
+            unused.add(HIDDEN, entry.path)
+    return [entry for entry in entries if not _is_hidden(entry.name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """os.path.isdir for links: a link to itself is no folder, where DirEntry.is_dir raises."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_image(name: str) -> bool:
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in FORMAT_OF
+
+
+def _other(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    return f"{suffix} files" if suffix else "files without a suffix"
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Whether `path` is `folder` or lies in it; both real paths."""
+    return os.path.commonpath([folder, path]) == folder
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sort key with numbers by value, letters without case: text and numbers in turn."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name.lower()))]
