@@ -199,7 +199,8 @@ def applied(method, layer, dtype=torch.float64):
 def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory_format):
     """Weight gradients are those of the layer at x~ = decode(encode(x)), input and bias gradients those of stock.
 
-    Norms: their statistics stay exact, so the reference is written out: with n = (x~ - mean) / deviation, the gradient of y = w n + b.
+    Norms: their statistics stay exact, so the reference is written out: the gradient of y = w n + b with
+    n = decode(encode((x - mean) / deviation)) or, for codecs that take x as it is, (x~ - mean) / deviation.
     """
     stock, ours = applied(method, layer)
     x = layer_input(layer)
@@ -208,19 +209,26 @@ def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory
     elif memory_format == torch.channels_last:
         pytest.skip("channels_last is for maps")
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    like = Like(x.shape, x.dtype, is_channels_last(leaf))
+    norm = isinstance(stock, nn.BatchNorm2d | nn.LayerNorm)
+    axes = (0, 2, 3) if isinstance(stock, nn.BatchNorm2d) else (-1,)
+    mean, rstd = (
+        x.mean(axes, keepdim=True),
+        (x.var(axes, unbiased=False, keepdim=True) + getattr(stock, "eps", 0)).rsqrt(),
+    )
     twin = copy.deepcopy(ours)  # the same noise
-    decoded = twin.codec.decode(twin.codec.encode(leaf.detach(), twin.context), like)
+    normalised = norm and twin.codec.normalised
+    coded = (leaf.detach() - mean) * rstd if normalised else leaf.detach()
+    coded = coded.flatten(0, -2) if isinstance(stock, nn.LayerNorm) else coded  # a token each
+    like = Like(coded.shape, x.dtype, is_channels_last(coded))
+    decoded = twin.codec.decode(twin.codec.encode(coded, twin.context), like).reshape(x.shape)
     y = ours(leaf)
     dy = torch.randn_like(y)
     y.backward(dy)
     exact = x.clone(memory_format=torch.preserve_format).requires_grad_()
     stock(exact).backward(dy)
-    if isinstance(stock, nn.BatchNorm2d | nn.LayerNorm):
-        axes = (0, 2, 3) if isinstance(stock, nn.BatchNorm2d) else (-1,)
+    if norm:
         shape = (1, -1, 1, 1) if isinstance(stock, nn.BatchNorm2d) else (-1,)
-        rstd = (x.var(axes, unbiased=False, keepdim=True) + stock.eps).rsqrt()
-        n = (decoded - x.mean(axes, keepdim=True)) * rstd
+        n = decoded if normalised else (decoded - mean) * rstd
         g = dy * stock.weight.view(shape)
         expected_dx = rstd * (g - g.mean(axes, keepdim=True) - n * (g * n).mean(axes, keepdim=True))
         expected_dw = (dy * n).sum((0, 2, 3) if x.dim() == 4 else (0, 1))

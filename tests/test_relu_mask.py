@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import actpress
 from actpress import measure
+from actpress.codec import mask_of
 from actpress.kernels.bits import packed_bytes
 from actpress.methods import Division, Quantize
 
@@ -27,18 +28,18 @@ METHODS = {
     "quantize normal": lambda **options: Quantize(levels="normal", **options),
 }
 EXACT_ANYWAY = ("division auto", "quantize", "quantize group")  # on the maps of noise used here
-AFFINE = [("quantize normal", reader) for reader in ("conv", "linear", "layer norm")]
+AFFINE = [("quantize normal", reader) for reader in ("conv", "linear")]
 READERS = {  # layers that read the output of a ReLU, [2, 6, 17, 19]
     "conv": nn.Conv2d(6, 5, 3, padding=1),
     "batch norm": nn.BatchNorm2d(6),
     "linear": nn.Linear(19, 5),
-    "layer norm": nn.LayerNorm(19),
 }
-PAIRS = [
+PAIRS = [  # norms that are coded normalised have other zeros
     (method, reader)
     for method in METHODS
     for reader, layer in READERS.items()
-    if METHODS[method]().replacement("", layer) is not None
+    if (found := METHODS[method]().replacement("", layer)) is not None
+    and not ("norm" in reader and found.codec.normalised)
 ]
 
 
@@ -96,11 +97,13 @@ def test_zeros_of_the_relu_are_zeros_of_the_decoded_tensor(decoded, method, read
     x, (plain, masked) = feature(memory_format), pair(method, reader, inplace)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         (expected, before), (got, after) = decoded(plain, x), decoded(masked, x)
-    assert after == before + 1 and got.dtype == expected.dtype
-    reordered = reader in ("linear", "layer norm") and memory_format == torch.channels_last
-    if method.startswith("division") and reordered:
-        assert torch.equal(got, expected)  # tokens of such maps are coded in another order than the mask's
+    if reader == "linear" and memory_format == torch.channels_last:
+        assert after == before and torch.equal(
+            got, expected
+        )  # tokens of such maps are coded in another order than the mask's
     else:
+        assert after == before + 1 and got.dtype == expected.dtype
+        got, expected = got.view(x.shape), expected.view(x.shape)  # tokens have three axes
         assert torch.equal(got, torch.where(x > 0, expected, 0))
         assert (expected[x <= 0] != 0).any() != (method in EXACT_ANYWAY or (method, reader) in AFFINE)
 
@@ -150,7 +153,9 @@ def test_two_readers_share_code_and_mask():
 
     net, x = applied(Division(relu_mask=True), Two()), feature()
     nodes = [node for node, _ in net(x).grad_fn.next_functions]
-    one, other = ([t for t in node.saved_tensors if t is not None and not t.requires_grad] for node in nodes)
+    one, other = (
+        [t for t in node.saved_tensors if t is not None and t.numel() and not t.requires_grad] for node in nodes
+    )
     assert len(one) == len(other) == 5
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(one, other, strict=True))
 
@@ -208,7 +213,7 @@ def test_the_mask_dies_with_the_output_where_nothing_saves_it():
     net, x = pair("division")[1], feature()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: None):
         y = net.relu(x)
-    gone = weakref.ref(y._actpress_mask[0])
+    gone = weakref.ref(mask_of(y))
     del y
     assert gone() is None
 

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 from torch.nn import functional as F
 
-from actpress.codec import Context
-from actpress.layers import needs_grad
+from actpress.layers.base import Layer, probe_of, records, refuse
+from actpress.layers.exact import into
 
 
 class Derivative:
@@ -91,9 +91,9 @@ VARIANTS = {
 
 class _Activation(Function):
     @staticmethod
-    def forward(ctx, x, variant, inplace, derivative):
+    def forward(ctx, x, variant, inplace, derivative, origin):
         compute, function, compute_inplace = VARIANTS[variant]
-        ctx.function, ctx.derivative, ctx.x_dtype = function, derivative, x.dtype
+        ctx.function, ctx.derivative, ctx.x_dtype, ctx.origin = function, derivative, x.dtype, origin
         plain = variant == function and not inplace  # other variants are formulas of libraries, kept to the bit
         fused = derivative.forward(x, function) if plain else None
         if fused is not None:
@@ -103,68 +103,78 @@ class _Activation(Function):
             if inplace:
                 ctx.mark_dirty(x)
             y = (compute_inplace if inplace else compute)(x)
-        ctx.save_for_backward(code, y if derivative.keeps_output else None)
-        return y
+        probe = probe_of(x)
+        ctx.save_for_backward(probe, code, y if derivative.keeps_output else None)
+        return y, probe
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        code, y = ctx.saved_tensors
-        dx = ctx.derivative.input_grad(dy, code, y, ctx.function, ctx.channels_last)
-        return dx.to(ctx.x_dtype), None, None, None
+    def backward(ctx, dy, _):
+        probe, code, y = ctx.saved_tensors
+        with torch.no_grad():
+            dx = ctx.derivative.input_grad(dy, code, y, ctx.function, ctx.channels_last).to(ctx.x_dtype)
+        (dx,) = refuse(ctx.origin, probe, dx)
+        return dx, None, None, None, None
 
 
-def activate(x: Tensor, variant: str, derivative: Derivative, inplace: bool = False) -> Tensor:
+def activate(
+    x: Tensor, variant: str, derivative: Derivative, inplace: bool = False, origin: str | None = None
+) -> Tensor:
     """VARIANTS[variant] of x, keeping for backward what `derivative` says; nothing where no gradient is needed."""
-    compiled = torch.compiler.is_compiling()  # compiled code decides on its own buffers
-    if not needs_grad(x):
+    if not records(x, x):
         return (VARIANTS[variant].inplace if inplace else VARIANTS[variant].compute)(x)
-    return _Activation.apply(x, variant, inplace and not compiled, derivative)
+    origin = origin or f"{variant}() under {type(derivative).__name__}"
+    if torch.compiler.is_compiling():  # compiled code decides on its own buffers
+        return into(x, _Activation.apply(x, variant, False, derivative, origin)[0], inplace)
+    return _Activation.apply(x, variant, inplace, derivative, origin)[0]
 
 
-def gelu(x: Tensor, approximate: str = "none", *, derivative: Derivative) -> Tensor:
+def gelu(input: Tensor, approximate: str = "none", *, derivative: Derivative, origin: str | None = None) -> Tensor:
     """F.gelu that keeps what `derivative` says. Raises ValueError for an unknown approximation."""
     allowed = {"none": "gelu", "tanh": "gelu_tanh"}
     if approximate not in allowed:
         raise ValueError(f"gelu: approximate={approximate!r}, allowed: {', '.join(allowed)}")
-    return activate(x, allowed[approximate], derivative)
+    return activate(input, allowed[approximate], derivative, origin=origin)
 
 
-def silu(x: Tensor, inplace: bool = False, *, derivative: Derivative) -> Tensor:
+def silu(input: Tensor, inplace: bool = False, *, derivative: Derivative, origin: str | None = None) -> Tensor:
     """F.silu that keeps what `derivative` says."""
-    return activate(x, "silu", derivative, inplace)
+    return activate(input, "silu", derivative, inplace, origin)
 
 
-class GELU(nn.GELU):
+class GELU(Layer, nn.GELU):
     """nn.GELU, erf or tanh, that keeps what `codec` says."""
 
     codec: Derivative
-    context: Context
 
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(x, self.approximate, derivative=self.codec)
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input):
+            return self.stock(input)
+        return gelu(input, self.approximate, derivative=self.codec, origin=self.origin)
 
 
-class SiLU(nn.SiLU):
+class SiLU(Layer, nn.SiLU):
     """nn.SiLU that keeps what `codec` says."""
 
     codec: Derivative
-    context: Context
 
-    def forward(self, x: Tensor) -> Tensor:
-        return silu(x, self.inplace, derivative=self.codec)
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input):
+            return self.stock(input)
+        return silu(input, self.inplace, derivative=self.codec, origin=self.origin)
 
 
-class LibraryActivation(nn.Module):
+class LibraryActivation(Layer, nn.Module):
     """Base of what takes the place of other libraries' activation modules; those have neither parameters nor buffers."""
 
     codec: Derivative
-    context: Context
     variant: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        can_work_inplace = VARIANTS[self.variant].inplace is not None
-        return activate(x, self.variant, self.codec, can_work_inplace and getattr(self, "inplace", False))
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # libraries name it differently
+        inplace = VARIANTS[self.variant].inplace is not None and getattr(self, "inplace", False)
+        if isinstance(x, Proxy):
+            return self.stock(x)
+        return activate(x, self.variant, self.codec, inplace, self.origin)
 
 
 class ErfGELU(LibraryActivation):

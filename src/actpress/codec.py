@@ -5,19 +5,25 @@ dataclass: all it knows is in its fields. The weight gradients decode first; a c
 (pooled, block-sparse) overrides them.
 
 `keep` is what layers call. One tensor read by two layers (a block's input, read by its first convolution and its
-downsample) is encoded once: the code is remembered on the tensor itself, weakly, and dies with the graph that saved it.
+downsample) is encoded once: the code is remembered for the tensor, weakly, and dies with the graph that saved it. What is remembered stands
+in tables beside the tensors (keys are weak), so that a tensor can be saved, pickled and copied as any other.
+
+`keep_normalised` is what norms call. Their backward pass reads the normalised input alone, which is bounded whatever the scale of a token
+or channel; coded as it is, a small token beside large ones would be lost in their steps, and 1 / deviation amplify the error.
 
 A codec with `relu_mask` also gets the mask that the ReLU before it saves, if x is that ReLU's output: the same tensor, so no bytes. The
-ReLU leaves it there (`leave_mask`), and it dies with the output if nothing saved it. Held weakly, it would be gone in the first pass of a
+ReLU leaves it (`leave_mask`), and it dies with the output if nothing saved it. Held weakly, it would be gone in the first pass of a
 checkpoint but not in the second.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from actpress.kernels.layout import is_channels_last
 from actpress.kernels.noise import uniform_from
@@ -32,12 +38,12 @@ class Like(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """Geometry of a 2-d convolution (zero padding)."""
+    """Geometry of a convolution (zero padding); 2-d here, one entry an axis for 1-d and 3-d."""
 
     weight_shape: torch.Size  # [O, I / groups, kh, kw]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
 
@@ -76,6 +82,7 @@ class Codec:
     """Base of all codecs. `kept` is the tuple of tensors that `encode` returned."""
 
     shared = True  # may layers that read the same tensor share one code?
+    normalised = True  # do norms hand it their normalised input? False: their input as it is
     relu_mask = (
         False  # where x is the output of a ReLU, is its packed mask appended to `kept` (unless x is kept dense)?
     )
@@ -102,6 +109,8 @@ class Codec:
 class Dense(Codec):
     """Keeps the tensor as it is: what stock PyTorch does."""
 
+    normalised = False
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         return (x,)
 
@@ -110,37 +119,96 @@ class Dense(Codec):
 
 
 def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: tuple[bool, bool, bool]):
-    """(dx, dw, db) of a 2-d convolution, None where the mask is False. Of a tensor not needed only the shape is read."""
+    """(dx, dw, db) of a 1-d to 3-d convolution, None where the mask is False. Of a tensor not needed only the shape is read."""
+    no_output_padding = [0] * len(conv.stride)
     return torch.ops.aten.convolution_backward(
-        dy, x, weight, [dy.shape[1]], conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, mask
+        dy,
+        x,
+        weight,
+        [dy.shape[1]],
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        no_output_padding,
+        conv.groups,
+        mask,
     )
 
 
-def keep(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
-    """x, cast to `dtype`, as `codec` keeps it: (like, kept).
+_codes = WeakTensorKeyDictionary()  # x -> {(codec, dtype, version, shape): (like, weak references to what is kept)}
+_masks = WeakTensorKeyDictionary()  # output of a ReLU -> (packed mask, version, channels_last)
+
+
+def keep(
+    codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size | None = None
+) -> tuple[Like, tuple[Tensor, ...]]:
+    """x, cast to `dtype` and viewed as `shape` (default: its own), as `codec` keeps it: (like, kept).
 
     The same x, unmodified, gives the same kept tensors for as long as they live.
     """
+    shape = x.shape if shape is None else shape
     if torch.compiler.is_compiling() or not codec.shared:
-        return _encode(codec, x, context, dtype)
-    key = (codec, dtype, x._version)
-    like, references = getattr(x, "_actpress_kept", {}).get(key, (None, ()))
+        return _encode(codec, x, context, dtype, shape)
+    key = (codec, dtype, x._version, shape)
+    like, references = _codes.get(x, {}).get(key, (None, ()))
     kept = tuple(reference() for reference in references)
     if like is None or any(tensor is None for tensor in kept):
-        like, kept = _encode(codec, x, context, dtype)
-        x._actpress_kept = {key: (like, [TensorWeakRef(tensor) for tensor in kept])}
+        like, kept = _encode(codec, x, context, dtype, shape)
+        _codes[x] = {key: (like, [TensorWeakRef(tensor) for tensor in kept])}
     return like, kept
 
 
+def keep_normalised(
+    codec: Codec, x: Tensor, normalise: Callable[[], Tensor], context: Context, shape: torch.Size
+) -> tuple[Like, tuple[Tensor, ...], bool]:
+    """What a norm keeps of its input x: (like, kept, whether that is the normalised input, as `shape`, or x, as `shape`).
+
+    normalise: makes the normalised input, of x's shape; called only if the codec wants it. x itself is kept where the code would be no
+    smaller.
+    """
+    if codec.normalised:
+        normal = normalise().to(x.dtype).reshape(shape)
+        like, kept = Like(normal.shape, x.dtype, is_channels_last(normal)), codec.encode(normal, context)
+        if kept[0] is not normal:
+            return like, kept, True
+        codec = Dense()
+    like, kept = keep(codec, x, context, x.dtype, shape)
+    return like, kept, False
+
+
+def maps_shape(shape: torch.Size) -> torch.Size:
+    """How inputs of 1-d to 3-d layers are viewed as maps [N, C, H, W]: [N, C], a row for each sample; [N, C, L], rows; [N, C, D, H, W], the
+    frames below each other."""
+    if len(shape) == 2:
+        return torch.Size((shape[0], 1, 1, shape[1]))
+    if len(shape) == 3:
+        return torch.Size((*shape[:2], 1, shape[2]))
+    return torch.Size((*shape[:2], math.prod(shape[2:-1]), shape[-1]))
+
+
+def tokens_shape(shape: torch.Size) -> torch.Size:
+    """How inputs [..., F] of linear layers are viewed as tokens: [N, L, F] where they have more axes."""
+    return shape if len(shape) <= 3 else torch.Size((shape[0], math.prod(shape[1:-1]), shape[-1]))
+
+
 def leave_mask(y: Tensor, packed: Tensor, inplace: bool) -> None:
-    """Called by a ReLU, in the forward of its autograd.Function, with its output and packed mask: notes the mask on y."""
+    """Called by a ReLU, in the forward of its autograd.Function, with its output and packed mask: notes the mask of y."""
     if not torch.compiler.is_compiling():
         version = y._version + inplace  # autograd will count mark_dirty as one more change
-        y._actpress_mask = (packed, version, is_channels_last(y))
+        _masks[y] = (packed, version, is_channels_last(y))
 
 
-def _encode(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tuple[Like, tuple[Tensor, ...]]:
+def mask_of(y: Tensor) -> Tensor | None:
+    """The packed mask that a ReLU left for its output y, whatever happened to y since; None if there is none."""
+    return _masks[y][0] if y in _masks else None
+
+
+def _encode(
+    codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size
+) -> tuple[Like, tuple[Tensor, ...]]:
     cast = x.detach().to(dtype)
+    cast = cast if cast.shape == shape else cast.reshape(shape)
     like, kept = Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, context)
     if codec.relu_mask and kept[0] is not cast:
         kept = (*kept, *_mask_of(x, like.channels_last))
@@ -149,7 +217,7 @@ def _encode(codec: Codec, x: Tensor, context: Context, dtype: torch.dtype) -> tu
 
 def _mask_of(x: Tensor, channels_last: bool) -> tuple[Tensor, ...]:
     """The packed mask of the ReLU whose unmodified output x is; nothing where there is none, or none in this memory order."""
-    if torch.compiler.is_compiling() or not hasattr(x, "_actpress_mask"):
+    if torch.compiler.is_compiling() or x not in _masks:
         return ()
-    packed, *left = x._actpress_mask
+    packed, *left = _masks[x]
     return (packed,) if left == [x._version, channels_last] else ()

@@ -17,8 +17,9 @@ Weight gradients, and the input gradient of batch norm, are computed from the de
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
 kernels/division.py.
 
-Linear and LayerNorm inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the
-minimum and maximum are per sample.
+Linear inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the minimum and
+maximum are per sample. Inputs of LayerNorm and RMSNorm have bounds of their own for each token, and no means: 1 / deviation would amplify
+what a small token lost in the steps of large ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,10 +29,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
+from actpress.methods.quantize import QuantizeCodec, derivative_codec
+from actpress.methods.rules import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    CURVED,
+    TOKEN_NORMS,
+    curved_functions,
+    exact,
+    exact_functions,
+    with_codec,
+)
 from actpress.swap import Method, Replacement
 
 
@@ -51,6 +62,10 @@ class DivisionCodec(Codec):
 
     @property
     def shared(self) -> bool:  # the official code keeps one copy per reader
+        return self.align == "ceil"
+
+    @property
+    def normalised(self) -> bool:  # the official code takes inputs of batch norms as they are
         return self.align == "ceil"
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
@@ -84,6 +99,8 @@ class DivisionCodec(Codec):
             return (min(self.block, height), 1)
         if self.align == "authors":  # square; official code, by height alone, fails on narrow maps
             return (min(self.block, height, width),) * 2
+        if 1 in (height, width):  # rows: blocks of as many elements
+            return (min(self.block**2, height), min(self.block**2, width))
         return (min(self.block, height), min(self.block, width))
 
 
@@ -94,7 +111,8 @@ class Division(Method):
     block: side of the averaged blocks, at least 1 (official: 8).
     bits: Q, bits per element of the rest: 1, 2, 4 or 8 (official: 2 for CNNs, 4 for T5).
     align: "ceil", blocks that cover the whole map, and one code for a tensor read by several layers; "authors", the layout
-        of the official CNN code: floor-mode blocks, block means in every map, one code per reader, Linear and LayerNorm left dense.
+        of the official CNN code: floor-mode blocks, block means in every map, one code per reader, inputs of BatchNorm2d as they are
+        (their means are subtracted, which is as close), everything but Conv2d, BatchNorm2d and exact layers left dense.
     lfc: "auto", block means are left out of the maps that are coded more exactly without them; "always", they are subtracted in every
         map, as align="authors" always does. The bytes are the same.
     relu_mask: decode to exact zeros where the input is the output of a ReLU that zeroed it, by the mask which that ReLU saves anyway: no
@@ -123,23 +141,20 @@ class Division(Method):
             raise ValueError(f"Division: relu_mask={self.relu_mask!r}, allowed: True, False")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        lfc = self.lfc if self.align == "ceil" else "always"
-        maps = DivisionCodec(self.block, self.bits, self.align, lfc, relu_mask=self.relu_mask)
-        rules = {
-            nn.Conv2d: Replacement(layers.Conv2d, maps),
-            nn.BatchNorm2d: Replacement(layers.BatchNorm2d, maps),
-            nn.ReLU: Replacement(layers.ReLU),
-            nn.Dropout: Replacement(layers.Dropout),
-            nn.MaxPool2d: Replacement(layers.MaxPool2d),
-            nn.AvgPool2d: Replacement(layers.AvgPool2d),
+        if self.align == "authors":
+            maps = DivisionCodec(self.block, self.bits, "authors", "always", relu_mask=self.relu_mask)
+            return with_codec((nn.Conv2d, nn.BatchNorm2d), maps) | exact()
+        maps = DivisionCodec(self.block, self.bits, self.align, self.lfc, relu_mask=self.relu_mask)
+        tokens = DivisionCodec(self.block, self.bits, self.align, self.lfc, "tokens", self.relu_mask)
+        normal = QuantizeCodec(self.bits, "sample", 256, "stochastic")
+        return {
+            **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm), maps),
+            **with_codec((nn.Linear,), tokens),
+            **with_codec(TOKEN_NORMS, normal),
+            **with_codec(CURVED, derivative_codec(self.bits)),
+            **exact(),
         }
-        if self.align == "ceil":
-            tokens = DivisionCodec(self.block, self.bits, self.align, lfc, "tokens", self.relu_mask)
-            rules |= {
-                nn.Linear: Replacement(layers.Linear, tokens),
-                nn.LayerNorm: Replacement(layers.LayerNorm, tokens),
-            }
-        return rules
 
     def functions(self) -> Mapping[str, Callable]:
-        return {"relu": layers.relu, "relu_": layers.relu_}
+        curved = {} if self.align == "authors" else curved_functions(derivative_codec(self.bits))
+        return exact_functions() | curved

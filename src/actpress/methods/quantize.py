@@ -4,14 +4,16 @@ The idea, common to ActNN (arXiv 2104.14129), GACT (2206.11357) and Mesa (2111.1
 activation, as long as it is right on average. It is DIVISION without its low-frequency part: what a map costs less, and whether the
 block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp32; we keep
 
-    Conv2d, BatchNorm2d, Linear, LayerNorm inputs    Q + 32 / (elements of a group) bits per element
-    ReLU (module or F.relu), Dropout                 1 bit per element, exact
+    inputs of convolutions, Linear and norms         Q + 32 / (elements of a group) bits per element
+    ReLU and its kin (layers.exact), Dropout         1 bit per element, exact
     MaxPool2d                                        8 bits per output, exact
     AvgPool2d                                        nothing, exact
+    Hardswish, Sigmoid, Tanh, ELU, Mish, Softplus    the derivative, 4 bits per element, or Q if that is more
 
-Weight gradients, and the input gradients of norms, are computed from the decoded input and are approximate; with stochastic rounding its
-expectation is the input. The code itself is in kernels/quantize.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q
-for all, each tensor's own bounds.
+Norms keep their normalised input, which is all their backward pass reads; those of tokens (LayerNorm, RMSNorm) with groups that lie within
+a token. Weight gradients, and the input gradients of norms, are computed from the decoded input and are approximate; with stochastic
+rounding its expectation is the input. The code itself is in kernels/quantize.py. ActNN's adaptive bits and Mesa's moving averages are not
+here: one Q for all, each tensor's own bounds.
 
 levels="normal" is a study: inputs of BatchNorm2d, close to normal in each channel, in Q-bit levels that are fixed for a normal
 distribution (kernels/lloyd_max.py), at Q + 64 / (elements of a channel of the batch) bits per element.
@@ -28,6 +30,16 @@ from actpress.kernels import lloyd_max
 from actpress.kernels.bits import BITS
 from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
+from actpress.methods.rules import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    CURVED,
+    TOKEN_NORMS,
+    curved_functions,
+    exact,
+    exact_functions,
+    with_codec,
+)
 from actpress.swap import Method, Replacement
 
 ROUNDING = ("stochastic", "nearest")
@@ -63,6 +75,7 @@ class NormalCodec(Codec):
     levels: tuple[float, ...]
     rounding: str
     relu_mask: bool = False
+    normalised = False  # it normalises by itself
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0 or lloyd_max.code_bytes(x.shape, self.levels) >= x.numel() * x.itemsize:
@@ -88,7 +101,8 @@ class Quantize(Method):
     """Plain group quantisation.
 
     bits: Q, bits per element: 1, 2, 4 or 8.
-    grouping: "group", `size` consecutive elements of a sample (ActNN, GACT); "channel", a map of a sample; "sample", all of it.
+    grouping: "group", `size` consecutive elements of a sample (ActNN, GACT); "channel", a map of a sample, or a feature of its tokens;
+        "sample", all of it. In inputs of LayerNorm and RMSNorm each token is a sample.
     size: elements of a group, 1 to 16384 (ActNN, GACT: 256); other groupings leave it unused.
     rounding: "stochastic", unbiased; "nearest", biased with a smaller error.
     relu_mask: decode to exact zeros where the input is the output of a ReLU that zeroed it, by the mask which that ReLU saves anyway: no
@@ -123,13 +137,17 @@ class Quantize(Method):
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding, self.relu_mask)
-        coded = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.LayerNorm)
-        exact = (nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)
-        rules = {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in coded}
+        coded = (*CONVOLUTIONS, *BATCH_NORMS, *TOKEN_NORMS, nn.GroupNorm, nn.Linear)
+        rules = with_codec(coded, codec) | with_codec(CURVED, derivative_codec(self.bits)) | exact()
         if self.levels == "normal":
             normal = NormalCodec(lloyd_max.normal_levels(self.bits), self.rounding, self.relu_mask)
             rules[nn.BatchNorm2d] = Replacement(layers.BatchNorm2d, normal)
-        return rules | {layer: Replacement(getattr(layers, layer.__name__)) for layer in exact}
+        return rules
 
     def functions(self) -> Mapping[str, Callable]:
-        return {"relu": layers.relu, "relu_": layers.relu_}
+        return exact_functions() | curved_functions(derivative_codec(self.bits))
+
+
+def derivative_codec(bits: int) -> QuantizeCodec:
+    """What smooth activations keep their derivatives by: 4 bits at least, to the nearest level."""
+    return QuantizeCodec(max(bits, 4), "group", 256, "nearest")

@@ -1,0 +1,176 @@
+"""What all layers share: when a layer keeps something of its own, dtypes under autocast, and second derivatives.
+
+A layer records for itself only where autograd will need it and the tensor is an ordinary one. Otherwise the stock layer runs, and what it
+keeps is stock's: no gradient wanted, an empty, complex, sparse or nested tensor, a tensor subclass (DTensor), torch.export. So it does
+under transforms that look into the graph: torch.func (grad, vmap, jacrev), forward-mode AD, torch.jit.trace. There a warning says so.
+
+Second derivatives (create_graph=True). Gradients that are exact and linear in dy, such as dx of a convolution or of a ReLU, are made of
+differentiable operations. What was made from a compressed tensor cannot be differentiated again: its dependence on that tensor is gone.
+Such a gradient is handed through `refuse`, and whoever differentiates it gets an error that names the layer. To that end each autograd
+Function returns, beside its output, a probe: an empty tensor by which the gradient still hangs on all inputs of the layer, at no bytes.
+"""
+
+import copyreg
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.fx import Proxy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from actpress.codec import Context
+
+WAYS_OUT = "Differentiate with respect to inputs only, leave the layer out with apply(..., where=...), or call actpress.restore(model)"
+
+
+class Layer:
+    """Mixed in front of the stock class of every layer."""
+
+    codec: Any
+    context: Context
+    _actpress: Any = None  # its name in the model, its method and its stock class; set by `apply`
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward; a node of its own where torch.fx traces the model."""
+        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
+        if proxy is not None:
+            return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    @property
+    def origin(self) -> str:
+        """Who this is, for messages."""
+        kind = type(self).__name__
+        return kind if self._actpress is None else f"{kind} {self._actpress.name!r} under {self._actpress.method}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(f"actpress: {self.origin} cannot be scripted; call actpress.restore(model) first")
+
+
+class Extended(Layer):
+    """Mixed in front of a library's class, which stays what it is but for its forward. The class is made at run time (`extend`)."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:  # pickle could not find the class
+        mixin, stock = type(self).__bases__
+        return _extended, (mixin, stock), self.__dict__
+
+
+def extend(module: nn.Module, mixin: type[Extended]) -> None:
+    """Change the module's class to one that has `mixin` in front of it."""
+    stock = type(module)
+    module.__class__ = type(stock.__name__, (mixin, stock), {"__module__": stock.__module__})
+
+
+def _extended(mixin: type[Extended], stock: type[nn.Module]) -> nn.Module:
+    module = copyreg.__newobj__(stock)
+    extend(module, mixin)
+    return module
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def records(x: Any, *tensors: Tensor | None) -> bool:
+    """Whether a layer keeps something of its own for its input x: some of `tensors` needs a gradient, and x is an ordinary tensor."""
+    if not isinstance(x, Tensor) or not needs_grad(*tensors):
+        return False
+    if x.is_nested or x.layout != torch.strided or not x.is_floating_point() or x.numel() == 0:
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not (is_traceable_wrapper_subclass(x) or _transformed())
+
+
+def _transformed() -> bool:
+    """Whether a transform runs that an autograd Function of ours would break or be broken by; says so."""
+    transform = _running_transform()
+    if transform is None:
+        return False
+    warnings.warn(
+        f"actpress: under {transform} layers keep what stock PyTorch keeps: gradients are exact, no memory is saved",
+        stacklevel=4,
+    )
+    return True
+
+
+def _running_transform() -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return "torch.jit.trace" if torch._C._get_tracing_state() is not None else None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, runs a matrix product or convolution of x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def shape_only(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of `shape` without memory of its own, for backward ops that read only the shape of an argument."""
+    return like.new_empty(()).expand(shape)
+
+
+def probe_of(x: Tensor) -> Tensor:
+    """The second output of a layer's Function, see the module's docstring."""
+    return x.new_empty(0)
+
+
+def differentiating_twice() -> bool:
+    """Called in a backward: will its result be differentiated, as create_graph=True says?"""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Refuse(Function):
+    """Hands gradients on; their own derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, origin, probe, *grads):
+        ctx.origin = origin
+        return tuple(grad.detach().view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"actpress: {ctx.origin} made this gradient from a compressed tensor, so it cannot be differentiated again "
+            f"(create_graph=True: gradient penalty, Hessian). {WAYS_OUT}."
+        )
+
+
+def refuse(origin: str, probe: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`grads`, computed without a graph; differentiating them again raises RuntimeError."""
+    if not differentiating_twice():
+        return grads
+    given = [grad for grad in grads if grad is not None]
+    refused = iter(_Refuse.apply(origin, probe, *given) if given else ())
+    return tuple(None if grad is None else next(refused) for grad in grads)
+
+
+class _Linear(Function):
+    """A linear map of dy that is its own adjoint, such as a mask: differentiable as often as one likes."""
+
+    @staticmethod
+    def forward(ctx, dy, run, code, *options):
+        ctx.run, ctx.options = run, options
+        ctx.save_for_backward(code)
+        return run(dy, code, *options)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        (code,) = ctx.saved_tensors
+        return self_adjoint(ctx.run, ddx, code, *ctx.options), None, None, *(None for _ in ctx.options)
+
+
+def self_adjoint(run: Callable[..., Tensor], dy: Tensor, code: Tensor, *options: Any) -> Tensor:
+    """run(dy, code, *options), differentiable in dy; run multiplies each element by a factor that code and options give."""
+    if differentiating_twice():
+        return _Linear.apply(dy, run, code, *options)
+    return run(dy, code, *options)

@@ -1,0 +1,371 @@
+"""Normalisation layers: mean and inverse deviation stay exact, the normalised input is kept as the codec says.
+
+The backward pass of a norm, y = w xhat + b with xhat = (x - mean) / deviation, reads xhat alone:
+
+    dw = sum dy xhat        dx = (w dy - mean(w dy) - xhat mean(w dy xhat)) / deviation
+
+so xhat is what codecs get, not x. It is bounded whatever the scale of a token or a channel: its error is not amplified by 1 / deviation.
+Layer, RMS and group norms of tokens hand it over as rows, a token each, so that a code has ranges of its own for every token; batch norms
+hand over maps. Codecs that ask for x itself (Codec.normalised) get it, as do those that keep it dense.
+
+PyTorch's own backward operations are called, with xhat as x, mean 0 and deviation 1, and what is left is a factor of dx.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from actpress.codec import Codec, Context, keep_normalised, maps_shape
+from actpress.kernels.layout import dense
+from actpress.layers.base import Extended, Layer, differentiating_twice, probe_of, records, refuse, shape_only
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, codec, context, origin):
+        y, mean, invstd, _, _ = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+        )
+        if not training:  # the running statistics instead of the batch's own
+            mean, invstd = running_mean, (running_var + eps).rsqrt()
+        ctx.training, ctx.codec, ctx.origin, ctx.shape = training, codec, origin, x.shape
+        ctx.like, kept, ctx.normalised = None, (), True
+        if training or ctx.needs_input_grad[1]:
+
+            def normalise() -> Tensor:
+                return (x.detach() - _by_channel(mean, x)).mul_(_by_channel(invstd, x))
+
+            ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
+        probe = probe_of(x)
+        ctx.save_for_backward(weight, mean, invstd, probe, *kept)
+        return y, probe
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        weight, mean, invstd, probe, *kept = ctx.saved_tensors
+        with torch.no_grad():
+            dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, invstd, tuple(kept))
+        if differentiating_twice():
+            if ctx.training:
+                dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+            else:  # linear in dy
+                (dw,) = refuse(ctx.origin, probe, dw)
+                scale = invstd if weight is None else weight * invstd
+                dx = None if dx is None else (dy * _by_channel(scale, dy)).to(dx.dtype)
+                db = None if db is None else dy.sum([d for d in range(dy.dim()) if d != 1]).to(db.dtype)
+        return dx, dw, db, *(None for _ in range(8))
+
+
+def _batch_norm_backward(ctx: Any, dy: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, kept: tuple):
+    x = ctx.codec.decode(kept, ctx.like).reshape(ctx.shape) if ctx.like else shape_only(dy, ctx.shape)
+    scale = weight
+    if ctx.normalised:
+        scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
+        mean, invstd = torch.zeros_like(mean), torch.ones_like(invstd)
+    mask = list(ctx.needs_input_grad[:3])
+    if ctx.training:
+        running, batch, eps = (None, None), (mean, invstd), 0.0
+    else:
+        running, batch, eps = (mean, invstd.square().reciprocal()), (None, None), 0.0
+    dx, dw, db = torch.ops.aten.native_batch_norm_backward(dy, x, scale, *running, *batch, ctx.training, eps, mask)
+    return dx, *(None if g is None or weight is None else g.to(weight.dtype) for g in (dw, db))
+
+
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *(1 for _ in range(x.dim() - 2)))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    codec: Codec,
+    context: Context,
+    origin: str = "batch_norm()",
+) -> Tensor:
+    """F.batch_norm that keeps its input [N, C] or [N, C, *axes], normalised, as `codec` says. Standardised weights stay stock."""
+    if _is_parameter(input) or not records(input, input, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and input.numel() == input.shape[1]:  # PyTorch's own error
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps, codec, context, origin)
+    return _BatchNorm.apply(*arguments)[0]
+
+
+def _is_parameter(x: Tensor) -> bool:
+    return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
+
+
+class _BatchNormLayer(Layer):
+    """nn.BatchNorm1d, BatchNorm2d or BatchNorm3d that keeps its normalised input [N, C, *axes] as `codec` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input, self.weight, self.bias):
+            return self.stock(input)
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        tracked = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        training = self.training or self.running_mean is None
+        keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
+        return batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps, **keeping)
+
+
+class BatchNorm1d(_BatchNormLayer, nn.BatchNorm1d):
+    pass
+
+
+class BatchNorm2d(_BatchNormLayer, nn.BatchNorm2d):
+    pass
+
+
+class BatchNorm3d(_BatchNormLayer, nn.BatchNorm3d):
+    pass
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps, codec, context, origin):
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.codec, ctx.origin = shape, codec, origin
+
+        def normalise() -> Tensor:
+            return (x.detach() - mean).mul_(rstd)
+
+        rows = torch.Size((mean.numel(), math.prod(shape)))
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, rows)
+        probe = probe_of(x)
+        ctx.save_for_backward(weight, bias, None if ctx.normalised else mean, rstd, probe, *kept)
+        return y, probe
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        weight, bias, mean, rstd, probe, *kept = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        with torch.no_grad():
+            x = ctx.codec.decode(tuple(kept), ctx.like).reshape(dy.shape)
+            mean, scale = (mean, rstd) if mean is not None else (torch.zeros_like(rstd), torch.ones_like(rstd))
+            dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, scale, weight, bias, mask)
+            if ctx.normalised and dx is not None:
+                dx = dx.mul_(rstd)
+        dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+        return dx, None, dw, db, None, None, None, None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    codec: Codec,
+    context: Context,
+    origin: str = "layer_norm()",
+) -> Tensor:
+    """F.layer_norm that keeps its input [..., *normalized_shape], normalised, as `codec` says."""
+    if not records(input, input, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    # CUDA's autocast runs layer norm in fp32; the operation called here is below autocast
+    x = input.float() if input.is_cuda and torch.is_autocast_enabled("cuda") else input
+    return _LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps, codec, context, origin)[0]
+
+
+class LayerNorm(Layer, nn.LayerNorm):
+    """nn.LayerNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input, self.weight, self.bias):
+            return self.stock(input)
+        keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **keeping)
+
+
+class _GroupNorm(Function):
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, codec, context, origin):
+        x = dense(x)
+        n, channels, *axes = x.shape
+        ctx.geometry = (n, channels, math.prod(axes), groups)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.geometry, eps)
+        ctx.shape, ctx.codec, ctx.origin = x.shape, codec, origin
+
+        def normalise() -> Tensor:
+            return (x.detach().reshape(n, groups, -1) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
+
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
+        probe = probe_of(x)
+        ctx.save_for_backward(weight, None if ctx.normalised else mean, rstd, probe, *kept)
+        return y, probe
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        weight, mean, rstd, probe, *kept = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        with torch.no_grad():
+            x = ctx.codec.decode(tuple(kept), ctx.like).reshape(ctx.shape).contiguous()
+            mean, scale = (mean, rstd) if mean is not None else (torch.zeros_like(rstd), torch.ones_like(rstd))
+            dx, dw, db = torch.ops.aten.native_group_norm_backward(
+                dy.contiguous(), x, mean, scale, weight, *ctx.geometry, mask
+            )
+            if ctx.normalised and dx is not None:
+                n, groups = ctx.geometry[0], ctx.geometry[3]
+                dx.view(n, groups, -1).mul_(rstd.unsqueeze(2))
+        dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+        return dx, None, dw, db, None, None, None, None
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    codec: Codec,
+    context: Context,
+    origin: str = "group_norm()",
+) -> Tensor:
+    """F.group_norm that keeps its input [N, C, *axes], normalised, as `codec` says."""
+    autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
+    if not records(input, input, weight, bias) or input.dim() < 3:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    if input.shape[1] % num_groups or input.numel() // input.shape[0] == num_groups:  # PyTorch's own errors
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    x = input.float() if autocast else input  # as for layer_norm
+    return _GroupNorm.apply(x, num_groups, weight, bias, eps, codec, context, origin)[0]
+
+
+class GroupNorm(Layer, nn.GroupNorm):
+    """nn.GroupNorm that keeps its normalised input [N, C, *axes] as `codec` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input, self.weight, self.bias):
+            return self.stock(input)
+        keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **keeping)
+
+
+class _RMSNorm(Function):
+    """y = (offset + weight) x / rms(x) over the last `axes` axes, as `compute` rounds it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, axes, eps, offset, compute, codec, context, origin):
+        y = compute(x)
+        ctx.codec, ctx.origin, ctx.offset, ctx.x_dtype = codec, origin, offset, x.dtype
+        rows = torch.Size((math.prod(x.shape[: x.dim() - axes]), math.prod(x.shape[x.dim() - axes :])))
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).reshape(rows)
+        rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, lambda: wide * rstd, context, rows)
+        probe = probe_of(x)
+        ctx.save_for_backward(weight, rstd, probe, *kept)
+        return y, probe
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        weight, rstd, probe, *kept = ctx.saved_tensors
+        dx = dw = None
+        with torch.no_grad():
+            xhat = ctx.codec.decode(tuple(kept), ctx.like).to(rstd.dtype)
+            if not ctx.normalised:
+                xhat = xhat * rstd
+            g = dy.reshape(xhat.shape).to(rstd.dtype)
+            if ctx.needs_input_grad[1]:
+                dw = (g * xhat).sum(0).view(weight.shape).to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                g = g if weight is None else g * (weight.flatten().to(rstd.dtype) + ctx.offset)
+                dx = g.sub_(xhat * (g * xhat).mean(1, keepdim=True)) if g is not dy else g
+                dx = dx.mul_(rstd).reshape(dy.shape).to(ctx.x_dtype)
+        dx, dw = refuse(ctx.origin, probe, dx, dw)
+        return dx, dw, None, None, None, None, None, None, None
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    codec: Codec,
+    context: Context,
+    origin: str = "rms_norm()",
+) -> Tensor:
+    """F.rms_norm that keeps its input [..., *normalized_shape], normalised, as `codec` says."""
+
+    def compute(x: Tensor) -> Tensor:
+        return F.rms_norm(x, tuple(normalized_shape), weight, eps)
+
+    if not records(input, input, weight):
+        return compute(input)
+    least = torch.finfo(input.dtype).eps if eps is None else eps
+    return _RMSNorm.apply(input, weight, len(normalized_shape), least, 0.0, compute, codec, context, origin)[0]
+
+
+class RMSNorm(Layer, nn.RMSNorm):
+    """nn.RMSNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not records(input, input, self.weight):
+            return self.stock(input)
+        keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps, **keeping)
+
+
+class LibraryRMSNorm(Extended):
+    """Another library's RMS norm over the last axis: its own forward, and what it keeps as `codec` says. See `rms_formula`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if len(args) + len(kwargs) != 1 or not records(x, x, self.weight):
+            return self.stock(*args, **kwargs)
+        eps, offset = rms_formula(type(self).__bases__[1], rms_eps(self))
+        arguments = (x, self.weight, 1, eps, offset, self.stock, self.codec, self.context, self.origin)
+        return _RMSNorm.apply(*arguments)[0]
+
+
+def rms_eps(module: nn.Module) -> float | None:
+    """The epsilon of a module that looks like an RMS norm over the last axis; None if it does not look like one."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+        return None
+    found = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+    return next((eps for eps in found if isinstance(eps, float)), None)
+
+
+@lru_cache
+def rms_formula(stock: type[nn.Module], eps: float) -> tuple[float, float] | None:
+    """(eps, offset) if modules of this class compute (offset + weight) x / sqrt(mean x^2 + eps), offset 0 or 1; None if not.
+
+    Found by running one of eight features: classes of that name differ in their formulas.
+    """
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = stock.__new__(stock)
+        nn.Module.__init__(module)
+        module.weight, module.eps, module.variance_epsilon = nn.Parameter(torch.randn(8)), eps, eps
+        x = 0.1 * torch.randn(3, 8)
+        normal = x * (x.square().mean(1, keepdim=True) + eps).rsqrt()
+        try:
+            y = stock.forward(module, x)
+        except (AttributeError, TypeError, RuntimeError):  # needs more than a weight and an epsilon
+            return None
+        offsets = (offset for offset in (0.0, 1.0) if torch.allclose(y, normal * (module.weight + offset), rtol=1e-4))
+        offset = next(offsets, None)
+    return None if offset is None else (eps, offset)
