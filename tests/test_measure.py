@@ -1,10 +1,12 @@
 """The ruler against sizes worked out by hand."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +76,118 @@ def test_saved_bytes_forgets_a_dropped_graph():
 def test_saved_bytes_of_a_checkpoint_is_its_input():
     net, x = chain(), torch.randn(3, 8, requires_grad=True)
     assert measure.saved_bytes(lambda: checkpoint(net, x, use_reentrant=False).sum()) == X_BYTES
+
+
+SAVES = (
+    X_BYTES + 2 * HIDDEN_BYTES
+)  # of chain: x, and the hidden tensor by ReLU and by the last layer, a copy of its own for each
+
+
+@pytest.mark.parametrize("order", ["hooks inside", "hooks outside"])
+@pytest.mark.parametrize("pin_memory", [False, True], ids=["plain", "pinned"])
+def test_device_and_host_bytes_are_two_numbers_under_save_on_cpu(pin_memory, order):
+    net, x, saved = chain(), torch.randn(3, 8), measure.SavedBytes()
+    contexts = [saved, save_on_cpu(pin_memory=pin_memory)]
+    with contextlib.ExitStack() as stack:
+        for context in contexts if order == "hooks inside" else reversed(contexts):
+            stack.enter_context(context)
+        loss = net(x).sum()
+    assert (saved.bytes, saved.host_bytes) == (0, SAVES)
+    loss.backward()
+    stock = chain()
+    stock.load_state_dict(net.state_dict())
+    stock(x).sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), stock.parameters(), strict=True))
+    del loss
+    assert saved.host_bytes == 0
+
+
+def test_saved_bytes_says_that_tensors_are_on_the_host():
+    def loss():
+        with save_on_cpu():
+            return chain()(torch.randn(3, 8)).sum()
+
+    with pytest.warns(UserWarning, match=f"{SAVES} bytes more are offloaded to the host"):
+        assert measure.saved_bytes(loss) == 0
+
+
+class Box:
+    def __init__(self, tensor):
+        self.inside = {"half": [tensor.half()]}
+
+
+PACKS = {
+    "tensor": (lambda t: t.half(), lambda t: t.float(), SAVES // 2),
+    "object": (Box, lambda box: box.inside["half"][0].float(), SAVES // 2),
+    "closure": (lambda t: _closure(t), lambda f: f().float(), SAVES // 2),
+    "same storage": (lambda t: t.detach(), lambda t: t, X_BYTES + HIDDEN_BYTES),
+}
+
+
+def _closure(tensor):
+    half = tensor.half()
+    return lambda: half
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_what_a_users_hook_keeps_is_counted(kind):
+    pack, unpack, expected = PACKS[kind]
+
+    def loss():
+        with saved_tensors_hooks(pack, unpack):
+            return chain()(torch.randn(3, 8)).sum()
+
+    assert measure.saved_bytes(loss) == expected
+
+
+def test_arrays_count_for_the_host():
+    with measure.SavedBytes() as saved, saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+        loss = chain()(torch.randn(3, 8)).sum()
+    assert (saved.bytes, saved.host_bytes) == (0, SAVES)
+    loss.backward()
+
+
+def test_a_hook_that_hides_what_it_keeps_is_named():
+    store = []
+
+    def pack_to_disk(tensor):
+        store.append(tensor.detach())
+        return len(store) - 1
+
+    with measure.SavedBytes() as saved, saved_tensors_hooks(pack_to_disk, store.__getitem__):
+        loss = chain()(torch.randn(3, 8)).sum()
+    with pytest.warns(UserWarning, match=f"pack_to_disk hides what it keeps of 3 saved tensors, {SAVES} bytes"):
+        assert saved.bytes == 0
+    assert list(saved.hidden_bytes.values()) == [SAVES]
+    loss.backward()
+
+
+def test_nested_rulers_agree_and_hooks_are_put_back():
+    enter = saved_tensors_hooks.__enter__
+    net, x = chain(), torch.randn(3, 8)
+    with measure.SavedBytes() as outer, measure.SavedBytes() as inner:
+        loss = net(x).sum()
+    assert outer.bytes == inner.bytes == X_BYTES + HIDDEN_BYTES
+    assert saved_tensors_hooks.__enter__ is enter
+    loss.backward()
+
+
+def test_the_ruler_does_not_hide_changes_in_place():
+    x = torch.randn(3, 8, requires_grad=True)
+    with measure.SavedBytes():
+        y = x.exp()
+        loss = y.sum()
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_sparse_tensors_count_by_their_parts():
+    weight = torch.eye(4).to_sparse()
+    x = torch.randn(4, 2, requires_grad=True)
+    parts = weight.coalesce()
+    assert measure.saved_bytes(lambda: torch.sparse.mm(parts, x).sum()) >= parts.values().nbytes
 
 
 def test_saved_bytes_wants_a_scalar():

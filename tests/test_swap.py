@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import actpress
 from actpress import applied, layers, measure, swap
 from actpress.applied import Applied
-from actpress.methods import Division, Stock
+from actpress.methods import Division, Inverted, Quantize, Stock
 
 
 def test_report_names_what_changed_and_what_did_not():
@@ -244,3 +244,94 @@ def test_a_label_shows_the_options_that_differ_from_their_defaults():
     assert swap.label(Division()) == "Division"
     assert swap.label(Division(bits=8), also=("block",)) == "Division(block=8, bits=8)"
     assert swap.label(actpress.compose(Stock(), Division(block=4))) == "Stock + Division(block=4)"
+
+
+def parts():
+    torch.manual_seed(3)
+    net = nn.ModuleDict(
+        {"body": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()), "head": nn.Linear(8 * 196, 4)}
+    )
+    actpress.apply(net["body"], Quantize())
+    actpress.apply(net["head"], Division())
+    return net
+
+
+def step(net, x):
+    net.zero_grad()
+    net["head"](net["body"](x)).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def test_the_state_holds_the_noise_of_every_apply():
+    net, fresh, x = parts(), parts(), torch.randn(4, 3, 16, 16)
+    step(net, x)
+    net["body"](x).sum().backward()  # the parts draw a different number of times
+    state = swap.state(net)
+    assert [context["draws"] for context in state["contexts"]] == [2, 1]
+    assert state == pickle.loads(pickle.dumps(state))
+    swap.load_state(fresh, state)
+    assert all(map(torch.equal, step(fresh, x), step(net, x)))
+
+
+def test_a_state_of_an_older_version_is_read():
+    net = nn.Sequential(nn.Linear(8, 8))
+    actpress.apply(net, Division())
+    swap.load_state(net, {"seed": 5, "draws": 7, "epoch": 1})
+    assert vars(net[0].context) == {"seed": 5, "draws": 7, "epoch": 1}
+    with pytest.warns(UserWarning, match="holds 1 of 2 positions"):
+        swap.load_state(parts(), {"seed": 5, "draws": 7, "epoch": 1})
+    with pytest.raises(ValueError, match="does not fit a model with 1 applied"):
+        swap.load_state(net, swap.state(parts()))
+
+
+def test_where_restricts_a_method_to_some_modules():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), Functional()))
+    report = actpress.apply(net, Division(), where=lambda name, module: name.startswith("1.0"))
+    assert list(report.replaced) == ["1.0"]
+    assert report.untouched["0"] == "nn.Linear untouched: left out by where"
+    assert type(net[0]) is nn.Linear and type(net[1][1]) is Functional
+    with pytest.raises(ValueError, match="matches nothing"):
+        actpress.apply(nn.Sequential(nn.Linear(4, 4)), Division(), where=lambda name, module: False)
+
+
+class Norm(nn.BatchNorm2d):
+    """A subclass with a forward of its own that calls the stock one."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def restorable():
+    return nn.Sequential(Functional(), Norm(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "after pickling"])
+def test_restore_is_the_way_back(copied):
+    net, x, ran = restorable(), torch.randn(2, 3, 8, 8), []
+    stock = copy.deepcopy(net)
+    net[4].register_forward_hook(lambda *_: ran.append(1) and None) if not copied else None
+    classes = [type(module) for module in net.modules()]
+    attributes = [set(vars(module)) for module in net.modules()]
+    actpress.apply(net, Inverted())
+    actpress.apply(net, Division(relu_mask=True))
+    net = pickle.loads(pickle.dumps(net)) if copied else net
+    parameters = dict(net.named_parameters())
+    changed = actpress.restore(net)
+    assert {"0", "0.conv", "0.gelu", "1", "2", "4"} == set(changed)
+    assert [type(module) for module in net.modules()] == classes
+    assert [set(vars(module)) for module in net.modules()] == attributes
+    assert all(p is parameters[name] for name, p in net.named_parameters())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()) == (0 if copied else 1)
+    for model in (net, stock):
+        model(x).sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), stock.parameters(), strict=True))
+    assert copied or ran == [1]
+    assert actpress.restore(net) == []
+    assert actpress.apply(net, Division()).replaced
+
+
+def test_applying_twice_says_what_to_do():
+    net = nn.Sequential(nn.ReLU())
+    actpress.apply(net, Division())
+    with pytest.raises(ValueError, match=r"Division is applied already, actpress.restore\(model\) undoes that"):
+        actpress.apply(net, Division())

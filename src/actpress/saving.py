@@ -11,7 +11,7 @@ import copy
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,9 +185,15 @@ def kept(model: nn.Module, inputs: Inputs) -> Kept:
     for module in twin.modules():
         if hasattr(module, "late_codec"):  # as it is once it has started
             module.codec = module.late_codec[1]
-    with torch.random.fork_rng(), torch.enable_grad(), Owners(twin) as owners:
-        output = inputs.call(twin)
-    found = _kept(owners.pieces(), dict(twin.named_modules()))
+    with torch.random.fork_rng(), torch.enable_grad():
+        return kept_by(twin, lambda: inputs.call(twin))
+
+
+def kept_by(model: nn.Module, forward: Callable[[], Any]) -> Kept:
+    """Of forward(), which runs the model."""
+    with Owners(model) as owners:
+        output = forward()
+    found = _kept(owners.pieces(), dict(model.named_modules()))
     del output
     return found
 
@@ -291,7 +297,8 @@ class _Estimate(Owners):
                 if not known[0].expired():
                     continue
                 self._lost += known[1]
-            self._seen[key] = (StorageWeakRef(storage), storage.nbytes() * itemsize // x.itemsize)
+            size = storage.nbytes() if itemsize == x.itemsize else piece.numel() * itemsize  # autocast keeps a copy
+            self._seen[key] = (StorageWeakRef(storage), size)
 
     def stock_bytes(self) -> int:
         """What is kept dense now, and what the replaced modules read."""

@@ -188,7 +188,7 @@ def apply(
             continue
         if replacement is not None:
             _replace(module, name, method, replacement, context)
-            report.replaced[name] = (old, f"actpress.{replacement.layer.__name__}")
+            report.replaced[name] = (old, f"actpress.{type(module).__name__}")
             continue
         if leaf:
             report.untouched[name] = _why_untouched(module, method)
