@@ -1,5 +1,5 @@
 # Every target sets itself up: on a fresh clone it first creates $(VENV) and installs the pinned versions.
-# Settings:  PYTHON=python3.12  VENV=.venv  TABLE=division_memory  DRY=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
+# Settings:  PYTHON=python3.12  VENV=.venv  TABLE=division_memory  DRY=1  PUBLISH=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
 # of gpu-battery:    BUDGET=540  PROFILE=tiny  OUT=DIR  DRY=1        of import-results:    FILE=battery-DEVICE.tar.gz
 # of wheelhouse:     WHEELS_PYTHON=3.12  WHEELHOUSE=DIR  WHEELS="..."
 
@@ -13,6 +13,7 @@ BATCH  ?= 256
 ARGS   ?=
 
 # Not taken from the environment, where such names are common.
+PUBLISH =
 BUDGET  = 540
 PROFILE = full
 OUT     = outputs/battery
@@ -29,10 +30,11 @@ RUN   := $(BIN)/python
 STAMP := $(VENV)/.actpress-installed
 PYTEST := $(RUN) -m pytest
 DRY_OVERRIDE := $(if $(filter 1 true yes,$(DRY)),dry=true)
+PUBLISH_OVERRIDE := $(if $(filter 1 true yes,$(PUBLISH)),publish=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report audit compile-kernels bench-kernels gpu-battery import-results clean
+.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report check-pages audit compile-kernels bench-kernels gpu-battery import-results clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -45,8 +47,11 @@ endef
 
 $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
+	@echo "installing the pinned versions into $(VENV): about 3 GiB to download, 6.2 GiB on disk (PyTorch with its CUDA libraries)."
+	@echo "This takes minutes, most of them without a word from pip. It happens once."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]'
+	@start=$$(date +%s); $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]' \
+		&& echo "installed in $$(($$(date +%s) - start)) s"
 	@touch $@
 
 # The environment sees the packages of $(PYTHON), also where that is a virtual environment itself, which venv alone would look past.
@@ -87,14 +92,17 @@ format: $(STAMP) ## fix what the linter can fix and format
 train: $(STAMP) ## train one model: make train ARGS="model=resnet20 data=digits method=division"
 	$(RUN) scripts/train.py $(ARGS)
 
-reproduce-table: $(STAMP) ## measure and render a published table: TABLE=name, DRY=1 shows the plan; no TABLE: what this machine can do
-	$(RUN) scripts/reproduce_table.py $(TABLE) $(DRY_OVERRIDE)
+reproduce-table: $(STAMP) ## measure and print a published table: TABLE=name, DRY=1 shows the plan; no TABLE: what takes minutes on a laptop
+	@$(RUN) scripts/reproduce_table.py $(TABLE) $(DRY_OVERRIDE) $(PUBLISH_OVERRIDE)
 
 tables: $(STAMP) ## reproduce every table of configs/tables
-	$(RUN) scripts/reproduce_table.py $(basename $(notdir $(sort $(wildcard configs/tables/*.yaml)))) $(DRY_OVERRIDE)
+	@$(RUN) scripts/reproduce_table.py $(basename $(notdir $(sort $(wildcard configs/tables/*.yaml)))) $(DRY_OVERRIDE)
 
-report: $(STAMP) ## everything measured on one page that works offline: results/report.html
+report: $(STAMP) ## make all pages of results/ from the records: tables, and everything on one page that works offline, report.html
 	$(RUN) scripts/report.py
+
+check-pages: $(STAMP) ## check that the pages of results/ fit the records and that no table is stale (changes nothing)
+	$(RUN) scripts/report.py --check
 
 audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHOD=division BATCH=256
 	$(RUN) scripts/audit.py model=$(MODEL) method=$(METHOD) batch=$(BATCH) $(ARGS)

@@ -1,6 +1,10 @@
-"""One self-contained page of everything that was measured: results/report.html.
+"""All pages of results/ from its records: the tables, their indexes, and one self-contained page of everything, results/report.html.
 
-python scripts/report.py          read results/ (tables, runs, fidelity, kernels, LOG.md), write results/report.html
+python scripts/report.py            read results/ (runs, fidelity, kernels, LOG.md), write tables/, README.md and report.html
+python scripts/report.py --check    write nothing; name every page that does not fit its records, exit code 1 if there is one
+
+A table whose configuration has changed since its records were made is stale: it is named and left as it is, with exit code 1, until
+`make reproduce-table TABLE=<name> PUBLISH=1` measures it anew.
 
 Nothing is measured here and nothing is typed: a number is one of the tables' JSON, of a record or of a CSV file, and links to it. Numbers
 that were measured, predicted with fake tensors, taken from a paper, or not run look different.
@@ -21,24 +25,63 @@ import matplotlib
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from actpress import fidelity, headlines, record, tables
+import table_pages
+from actpress import cli, fidelity, headlines, record, tables
+from table_rows import Place
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+TABLES = ROOT / "configs" / "tables"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-HOW = {"memory": "predicted", "error": "measured", "training": "measured", "fidelity": "measured"}
+HOW = defaultdict(lambda: "measured", memory="predicted")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 plt.rcParams |= {"svg.hashsalt": "actpress", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
-def main() -> None:
-    text = render()
-    with record.replacing(RESULTS / "report.html") as file:
-        file.write(text.encode())
-    print(f"wrote {(RESULTS / 'report.html').relative_to(ROOT)}, {len(text) / 2**20:.1f} MiB")
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
+        return cli.BAD_INPUT
+    found = check() if arguments else write()
+    print("\n".join(found) if found else "all pages fit the records")
+    return 1 if found else 0
+
+
+def check() -> list[str]:
+    """What does not fit, a line each."""
+    names, place = tables.names(TABLES), Place(RESULTS)
+    found = [fault for name in names for fault in table_pages.faults(tables.load(TABLES, name), place)]
+    extra = [path for path in sorted((RESULTS / "tables").glob("*.*")) if path.stem not in (*names, "index")]
+    found += [f"{path.stem}: {path.name} belongs to no table of configs/tables; delete it" for path in extra]
+    pages = table_pages.indexes(TABLES, place) | {RESULTS / "report.html": render()}
+    for path, text in pages.items():
+        if not path.is_file() or path.read_text() != text:
+            found.append(f"{path.relative_to(ROOT)} is not what the tables and records give; make report")
+    return found
+
+
+def write() -> list[str]:
+    """Write every page; those that are as they should be are left alone. Returns what is stale, a line for each row."""
+    place, stale, changed = Place(RESULTS), [], []
+    for name in tables.names(TABLES):
+        table = tables.load(TABLES, name)
+        found = table_pages.stale(table, place)
+        stale += found
+        changed += [] if found else table_pages.write(table_pages.from_records(table, place), place)
+    changed += write_overviews()
+    print("\n".join(f"wrote {path.relative_to(ROOT)}" for path in changed) or "nothing to write")
+    return stale
+
+
+def write_overviews() -> list[Path]:
+    """Write the pages over all tables where they changed. Returns these."""
+    changed = [
+        path for page in table_pages.indexes(TABLES, Place(RESULTS)).items() for path in table_pages.write_text(*page)
+    ]
+    return [*changed, *table_pages.write_text(RESULTS / "report.html", render())]
 
 
 def render() -> str:
@@ -55,7 +98,7 @@ def render() -> str:
 
 def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
     """What the template shows of one table."""
-    table = tables.load(ROOT / "configs" / "tables", name)
+    table = tables.load(TABLES, name)
     section = {"name": name, "title": page["title"], "source": table.source, "kind": table.kind, "notes": table.notes}
     section |= {"measured": page["measured"], "figures": []}
     if table.kind == "fidelity":
@@ -111,9 +154,13 @@ def measured(table: tables.Table, metric: tables.Metric, summary: dict, found: d
     text = metric.text(summary["mean"])
     if summary["deviation"] is not None:
         text += f" ± {metric.text(summary['deviation'])}"
-    runs = [value["run_id"] for value in found["values"] if "run_id" in value]
+    records = [
+        value.get("record") or f"runs/{value['run_id']}.json"
+        for value in found["values"]
+        if "run_id" in value or "record" in value
+    ]
     n = summary["n"] if summary["n"] in (0, len(found["values"])) else f"{summary['n']} of {len(found['values'])}"
-    return {"text": text, "n": n, "kind": HOW[table.kind], "links": [f"runs/{run}.json" for run in runs]}
+    return {"text": text, "n": n, "kind": HOW[table.kind], "links": records}
 
 
 def provenance(environments: list[dict[str, Any]]) -> list[str]:
@@ -267,4 +314,4 @@ def kernel_tables() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(lambda: main(sys.argv[1:])))

@@ -122,6 +122,32 @@ def test_make_help_lists_every_target():
     assert [line for line in shown.splitlines() if len(line.split()) < 2] == []
 
 
+def install(folder: Path, pip: str) -> subprocess.CompletedProcess:
+    """`make install` into a folder whose pip is the given shell script."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "pip").write_text(f"#!/bin/sh\n{pip}\n")
+    (folder / "bin" / "pip").chmod(0o755)
+    alone = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "install", f"VENV={folder}", f"PYTHON={sys.executable}"]
+    return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+
+
+def test_installing_says_how_much_and_how_long_before_it_starts(tmp_path):
+    done = install(tmp_path / "venv", "echo pip starts")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"GiB to download.*minutes.*pip starts.*installed in \d+ s", done.stdout, flags=re.DOTALL)
+    failed = install(tmp_path / "other", "echo no space >&2; exit 1")
+    assert failed.returncode and not list((tmp_path / "other").glob(".actpress-installed"))
+
+
+def test_ci_checks_pages_before_anything_writes_to_results():
+    steps = re.findall(r"^make ([a-z-]+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert steps[:2] == ["install", "check-pages"]
+    assert (
+        steps.index("test") == steps.index("reproduce-table") + 1
+    )  # the two commands of the README, one after the other
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documented_make_targets_exist(document):
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code_of(document)))

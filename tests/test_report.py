@@ -1,6 +1,8 @@
-"""The report: self-contained, linked to its sources, honest about what was not run."""
+"""The report: self-contained, linked to its sources, honest about what was not run.
 
-import importlib.util
+Whether the committed pages fit the committed records is `make check-pages`, a step of CI: whoever measures something changes both.
+"""
+
 import re
 import sys
 from pathlib import Path
@@ -10,18 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def report():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.pop(0)
-    return module
+sys.path.append(str(ROOT / "scripts"))
+import report  # noqa: E402 - a script, found once its folder is on the path
 
 
 @pytest.fixture(scope="module")
-def page(report):
+def page():
     return report.render()
 
 
@@ -45,13 +41,9 @@ def test_kinds_of_numbers_look_different(page):
         assert f'<td class="{kind}"' in page, kind
 
 
-def test_numbers_are_those_of_the_tables(report, page):
+def test_numbers_are_those_of_the_tables(page):
     stored = report.record.read(ROOT / "results" / "tables" / "division_memory.json")
     for row in stored["rows"]:
         mean = row["summary"]["saved_bytes"]["mean"]
         if isinstance(mean, float):
             assert f'<td class="predicted">{mean:.3f}' in page
-
-
-def test_the_committed_page_is_what_the_results_give(report, page):
-    assert (ROOT / "results" / "report.html").read_text() == page, "results changed since: run `make report`"

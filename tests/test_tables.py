@@ -1,8 +1,7 @@
 """Tables: reading, expanding, comparing, rendering; and the shipped ones against their promises."""
 
-import importlib.util
-import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,10 @@ from actpress import headlines, tables
 from actpress.methods import Division, Stock
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+import reproduce_table  # noqa: E402 - a script, found once its folder is on the path
+import table_rows  # noqa: E402
+
 FOLDER = ROOT / "configs" / "tables"
 SMALL = """
 title: A title
@@ -129,6 +132,8 @@ def test_spread_over_seeds_and_words(small):
     "old,new,message",
     [
         ("kind: memory", "kind: speed", "kind 'speed', allowed: memory, training"),
+        ("kind: memory", "kind: function", "kind 'function' with measure None"),
+        ("kind: memory", "kind: memory\nmeasure: a.b", "kind 'memory' with measure 'a.b'"),
         ("unit: MiB", "unit: GB", "unit 'GB', allowed: GiB, MiB"),
         ("paper: {saved_bytes: [1.5, 2.0]}", "paper: {saved_bytes: [1.5]}", "1 paper numbers of saved_bytes for 2"),
         ("paper: {saved_bytes: [1.5, 2.0]}", "paper: {peak: [1.5, 2.0]}", "paper metric 'peak', allowed: saved_bytes"),
@@ -169,42 +174,18 @@ def test_headlines_name_mistakes(small):
         headlines.fill([CLAIM | {"row": {"method": "none"}, "at_least": 1, "show": "ratio"}], results(small))
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("reproduce_table", ROOT / "scripts" / "reproduce_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", tables.names(FOLDER))
-def test_shipped_tables_load_and_compose(name, script):
+def test_shipped_tables_load_and_compose(name):
     table = tables.load(FOLDER, name)
-    rows = [1 if script.lacking(cell) or table.kind != "training" else len(table.seeds) for cell in table.cells]
-    assert len(script.plan(table)) == 1 + sum(rows)
+    rows = table_rows.rows_of(table)
+    assert len(reproduce_table.plan(table, table_rows.RESULTS)) == 2 + len(rows)
+    assert len(rows) % len(table.cells) == 0  # as many for each cell: seeds, weights
     assert all(labels.keys() <= table.cells[0].labels.keys() for labels in table.baselines)
     for cell in table.cells:
-        if all(need in tables.NEEDS for need in cell.requires):
-            script.compose(cell, seed=0)
+        if table_rows.exists(cell):
+            table_rows.compose(cell, seed=0)
         else:
             assert all(need.startswith("method ") for need in cell.requires)
-
-
-def published(name):
-    """A page of gradients, if its records are here."""
-    path = ROOT / "results" / "tables" / f"{name}.json"
-    return path.exists() and any(json.loads(path.read_text()).get("gradients", {}).values())
-
-
-@pytest.mark.parametrize("name", [name for name in tables.names(FOLDER) if published(name)])
-def test_pages_of_gradients_regenerate_without_the_data(name, script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "lacking", lambda cell: cell.requires or ("cifar10",))
-    monkeypatch.setattr(script, "PAGES", tmp_path)
-    monkeypatch.setattr(script, "write_text", lambda path, text: path.write_text(text))
-    script.make_fidelity(tables.load(FOLDER, name))
-    for suffix in (".md", ".json"):
-        page = ROOT / "results" / "tables" / f"{name}{suffix}"
-        assert (tmp_path / page.name).read_text() == page.read_text(), f"{page.name}: make it again"
 
 
 NETS = {"ResNet-50": torchvision.models.resnet50, "WRN-50-2": torchvision.models.wide_resnet50_2}
@@ -269,6 +250,6 @@ def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
     assert tables.time_to(history, 60)["epochs_to_reach"] == "not reached"
 
 
-def test_stock_of_a_row_is_without_all_its_method_sets(script):
+def test_stock_of_a_row_is_without_all_its_method_sets():
     added = ("model=resnet20", "method=pooling", "method.block=1", "+method.stages={layer1.*:2}", "seed=1")
-    assert script.stock_of(tables.Cell({}, added, {})).overrides == ("model=resnet20", "seed=1", "method=none")
+    assert table_rows.stock_of(tables.Cell({}, added, {})).overrides == ("model=resnet20", "seed=1", "method=none")

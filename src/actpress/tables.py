@@ -1,8 +1,8 @@
 """Tables: what a paper printed beside what was measured here.
 
 A table is a YAML file in configs/tables: rows, the Hydra overrides that make them, the paper's numbers, tolerances. `load` checks it
-and expands it into cells; something else measures them (`memory` here, training runs through their records); `render` writes
-Markdown. A number that was not measured reads "not run" and says what it needs; the paper's "OOM" is a value like any other.
+and expands it into cells; scripts/table_rows.py measures them, or reads their records; `render` writes Markdown, actpress.terminal the
+same for a terminal. A number that was not measured reads "not run" and says what it needs; the paper's "OOM" is a value like any other.
 """
 
 import statistics
@@ -19,9 +19,11 @@ from torch import nn
 
 from actpress import measure, swap
 
-KINDS = ("memory", "training", "fidelity", "error")
+KINDS = ("memory", "training", "fidelity", "error", "function")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0, "epochs": 1.0, "s": 1.0}
+UNITS |= {"x": 1.0, "cosine": 1.0}  # a ratio; a cosine
 FORMATS = {"GiB": ".3f", "MiB": ".1f", "%": ".2f", "images/s": ".0f", "absolute": ".2e", "epochs": ".1f", "s": ".0f"}
+FORMATS |= {"x": ".2f", "cosine": ".4f"}
 NEEDS = {
     "gpu": "a GPU",
     "imagenet": "ImageNet",
@@ -36,10 +38,8 @@ FIDELITY = {  # what a fidelity table sets, and what it is otherwise
     "pair": None,  # two methods of which to count who is closer in how many layers
 }
 VERSUS = ("ratio", "difference", "change")
-REUSE = (
-    "any",
-    "here",
-)  # "here": of this device and this commit only; for tables so short that they are better trained anew
+# "here": of this device and this commit only, for tables so short that they are better measured anew; these go to outputs/, not results/.
+REUSE = ("any", "here")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Table:
     default: bool = False  # part of what `make reproduce-table` does without a name
     reuse: str = "any"  # which records of finished runs may stand in it
     headlines: tuple[dict[str, Any], ...] = ()  # see actpress.headlines
+    measure: str | None = None  # kind function: dotted name of the function that measures a row
     fidelity: dict[str, Any] = field(default_factory=dict)  # kind fidelity, see FIDELITY
     reach: float | None = (
         None  # kind training: the test accuracy, percent, of metrics epochs_to_reach and seconds_to_reach
@@ -134,6 +135,10 @@ def load(folder: Path, name: str) -> Table:
     for key in raw.get("fidelity", {}):
         _allowed(name, "fidelity setting", key, FIDELITY)
     _allowed(name, "reuse", raw.get("reuse", "any"), REUSE)
+    if (raw["kind"] == "function") != ("measure" in raw):
+        raise ValueError(
+            f"table {name}: kind {raw['kind']!r} with measure {raw.get('measure')!r}; kind function, and no other, has one"
+        )
     return Table(
         name=name,
         title=raw["title"],
@@ -149,6 +154,7 @@ def load(folder: Path, name: str) -> Table:
         headlines=tuple(raw.get("headlines", ())),
         fidelity=FIDELITY | raw.get("fidelity", {}),
         reach=raw.get("reach"),
+        measure=raw.get("measure"),
     )
 
 
@@ -360,7 +366,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
             if has_paper:
                 row.append(metric.printed(result.cell.paper.get(name)))
             if has_paper and (metric.tolerance or metric.at_most):
-                row += [_signed(summary.difference), _verdict(summary.within)]
+                row += [signed(summary.difference), _verdict(summary.within)]
             if metric.versus_baseline:
                 row += [versus_text(metric, *to) for to in zip(summary.versus, summary.paired, strict=True)]
         lines.append(_row(row))
@@ -387,8 +393,14 @@ def _row(cells: list[str]) -> str:
 
 
 def _measured(metric: Metric, summary: Summary, requires: tuple[str, ...], runs: int) -> str:
+    needed = f" (needs {needs(requires)})" if summary.mean is None and requires else ""
+    return measured_text(metric, summary, runs) + needed
+
+
+def measured_text(metric: Metric, summary: Summary, runs: int) -> str:
+    """Mean ± standard deviation (n) of a metric, "not run" without a value. runs: how many seeds were run."""
     if summary.mean is None:
-        return f"not run (needs {needs(requires)})" if requires else "not run"
+        return "not run"
     text = metric.text(summary.mean)
     if summary.deviation is not None:
         text += f" ± {metric.text(summary.deviation)}"
@@ -397,7 +409,7 @@ def _measured(metric: Metric, summary: Summary, requires: tuple[str, ...], runs:
     return f"{text} (n={summary.n})" if summary.n > 1 else text
 
 
-def _signed(difference: float | None) -> str:
+def signed(difference: float | None) -> str:
     return "" if difference is None else f"{difference:+.1%}"
 
 
