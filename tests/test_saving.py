@@ -216,3 +216,18 @@ def test_a_late_method_is_watched_once_it_has_started():
     assert said(lambda: net(X).sum().backward()) == []
     swap.set_epoch(net, 1)
     assert len(said(lambda: net(X).sum().backward())) == 1
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight, as weight standardisation does."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean()) * self.weight.std()
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_weights_that_a_layer_computes_are_named_as_dense():
+    net, x = nn.Sequential(Standardised(64, 64, 3)), torch.randn(1, 64, 4, 4)
+    actpress.apply(net, Division())
+    (message,) = said(lambda: net(x).sum().backward())
+    assert "weights computed by test_saving.Standardised" in message

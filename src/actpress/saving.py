@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from actpress import applied, firstpass
 from actpress.functional import Intercepted
+from actpress.layers import Extended
 from actpress.saved import SavedBytes, active_hooks, pieces, storage_key
 
 MIB = 2**20
@@ -321,11 +322,15 @@ def _measuring(pack: Any) -> Any:
 
 
 def _is_dense(piece: Piece, modules: Mapping[str, nn.Module]) -> bool:
-    """Replaced modules keep codes; a module of which functions were replaced keeps codes in integers, and other tensors."""
-    module = modules[piece.owner]
+    """Replaced modules keep codes. Those of which functions were replaced keep codes in integers, and other tensors; a library's layer,
+    which keeps its own forward, may compute its weight (weight standardisation), and stock PyTorch keeps that too."""
+    module, tensor = modules[piece.owner], piece.tensor
     if applied.of(module) is None:
         return True
-    return isinstance(module, Intercepted) and piece.tensor.is_floating_point()
+    if isinstance(module, Extended):
+        sizes = {p.numel() for p in module.parameters(recurse=False) if p.dim() > 1}
+        return tensor.is_floating_point() and tensor.numel() in sizes
+    return isinstance(module, Intercepted) and tensor.is_floating_point()
 
 
 def _kept(found: Iterable[Piece], modules: Mapping[str, nn.Module]) -> Kept:
@@ -334,10 +339,15 @@ def _kept(found: Iterable[Piece], modules: Mapping[str, nn.Module]) -> Kept:
         size = piece.tensor.untyped_storage().nbytes()
         sizes[piece.owner] += size
         if _is_dense(piece, modules):
-            module = modules[piece.owner]
-            leaf = next(module.children(), None) is None
-            dense[_stock_type(module) if leaf else f"operations in {_stock_type(module)}"] += size
+            dense[_dense_type(modules[piece.owner])] += size
     return Kept(dict(sizes), dict(dense))
+
+
+def _dense_type(module: nn.Module) -> str:
+    if isinstance(module, Extended):
+        return f"weights computed by {_stock_type(module)}"
+    leaf = next(module.children(), None) is None
+    return _stock_type(module) if leaf else f"operations in {_stock_type(module)}"
 
 
 def _stock_type(module: nn.Module) -> str:
