@@ -3,8 +3,12 @@
     code  = number of borders not above x            0 .. 2^bits - 1
     dx    = dy * levels[code]
 
+A NaN lies in no interval: one byte for every CHUNK elements says whether there is any among them, and then dx is NaN for all of these.
+Stock's is NaN for the one.
+
 Borders and levels minimise the integral of (f' - level)^2 over the line (scripts/fit_few_bit.py). Codes are kept as bit planes, plane
-i holding bit i of every code, 8 elements a byte: any number of bits, 3 too, takes bits / 8 bytes an element and no more.
+i holding bit i of every code, 8 elements a byte: any number of bits, 3 too, takes bits / 8 bytes an element, and the
+byte of each chunk.
 
 Source: Few-Bit Backward, arXiv 2202.00441; its shipped tables are not optimal, ours are.
 """
@@ -25,36 +29,54 @@ from .layout import dense, dense_as, is_channels_last
 from .masks import pack_mask_reference, unpack_mask_reference
 
 BITS = (1, 2, 3, 4)
+CHUNK = 1024  # elements, next to each other in memory
 
 
 def code_bytes(count: int, bits: int) -> int:
-    """Bytes that the codes of `count` elements take."""
-    return bits * ((count + 7) // 8)
+    """Bytes of the code of `count` elements."""
+    return bits * packed_bytes(count, 1) + _chunks(count)
+
+
+def planes_of(code: Tensor, count: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Code of `count` elements -> its bit planes, uint8 [bits, ceil(count / 8)], and what holds a NaN, uint8 [chunks]; views."""
+    planes, nans = code.split([bits * packed_bytes(count, 1), _chunks(count)])
+    return planes.view(bits, packed_bytes(count, 1)), nans
+
+
+def _chunks(count: int) -> int:
+    return (count + CHUNK - 1) // CHUNK
 
 
 def encode_reference(x: Tensor, function: str, bits: int) -> tuple[Tensor, bool]:
-    """x (fp64, fp32, fp16 or bf16, any shape and strides) -> (uint8 [bits, ceil(numel / 8)], whether in channels_last order)."""
+    """x (fp64, fp32, fp16 or bf16, any shape and strides) -> (code, uint8 [code_bytes], whether in channels_last order)."""
     codes = torch.zeros_like(x, dtype=torch.uint8, requires_grad=False)
     for border in _BORDERS[function, bits, x.dtype]:
         codes += x >= border
     planes = [pack_mask_reference((codes >> i & 1).bool()) for i in range(bits)]
-    return torch.stack(planes), is_channels_last(codes)
+    nans = (x.permute(0, 2, 3, 1) if is_channels_last(codes) else x).isnan().reshape(-1)
+    nans = F.pad(nans, (0, -nans.numel() % CHUNK)).view(-1, CHUNK).any(1).to(torch.uint8)
+    return torch.cat([*planes, nans]), is_channels_last(codes)
 
 
 def forward_reference(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
-    """(function(x) as stock PyTorch computes it, its bit planes), both in the order of dense(x)."""
+    """(function(x) as stock PyTorch computes it, its code), both in the order of dense(x)."""
     x = dense(x)
     return STOCK[function](x), encode_reference(x, function, bits)[0]
 
 
-def input_grad_reference(dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
-    """dx = dy * levels[code], in dy's dtype; computed in fp32, in fp64 for fp64."""
+def input_grad_reference(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
+    """dx = dy * levels[code], NaN in chunks that held one, in dy's dtype; computed in fp32, in fp64 for fp64."""
+    planes, nans = planes_of(code, dy.numel(), bits)
     codes = torch.zeros(dy.shape, dtype=torch.int32, device=dy.device)
     for i, plane in enumerate(planes):
         codes += unpack_mask_reference(plane, dy.shape, channels_last).to(torch.int32) << i
     compute = torch.float64 if dy.dtype == torch.float64 else torch.float32
     levels = torch.tensor(TABLES[function][bits]["levels"], dtype=compute, device=dy.device)
-    return (levels[codes] * dy).to(dy.dtype)
+    dx = levels[codes] * dy
+    nans = nans.repeat_interleave(CHUNK)[: dx.numel()] != 0
+    n, c, h, w = dx.shape if channels_last else (1,) * 4
+    nans = nans.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else nans.view(dx.shape)
+    return dx.masked_fill_(nans, torch.nan).to(dy.dtype)
 
 
 _BORDERS = {
@@ -90,12 +112,22 @@ def _one_of_8(b0, b1, b2, T: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _byte(planes_ptr, i, group, count):
-    """Where plane i keeps a group."""
+    """Where plane i keeps a group; plane BITS: the byte of a chunk."""
     return planes_ptr + i * ((tl.full([], 7, tl.int64) + count) // 8) + group
 
 
 @triton.jit
 def _store_code(planes_ptr, x, group, count, BORDERS: tl.constexpr, BITS: tl.constexpr):
+    """Store the code of x [G, 8], G a multiple of 128: of each chunk whether it holds a NaN, and of each element the interval."""
+    CHUNKS: tl.constexpr = x.numel // 1024
+    nan = tl.max(tl.reshape((x != x).to(tl.int32), [CHUNKS, 1024]), axis=1)
+    chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
+    tl.store(_byte(planes_ptr, BITS, chunk, count), nan.to(tl.uint8), mask=chunk * 1024 < count)
+    _store_planes(planes_ptr, x, group, count, BORDERS, BITS)
+
+
+@triton.jit
+def _store_planes(planes_ptr, x, group, count, BORDERS: tl.constexpr, BITS: tl.constexpr):
     """Find the code of x [G, 8], fp32, from its highest bit down: each bit says on which side of one border x lies, all found before
     say which border that is. Bit i of a code goes to bit 8 * i of a word, so that eight of them, each moved by its place, are a byte
     of every plane."""
@@ -169,43 +201,45 @@ def _input_grad_kernel(
                 b3 = _plane(planes_ptr, 3, group, count)
                 level = tl.where(b3, _one_of_8(b0, b1, b2, LEVELS, 8, 1), level)
     dy = tl.load(dy_ptr + element, mask=element < count, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + element, level * dy, mask=element < count)
+    nan = tl.load(_byte(planes_ptr, BITS, group // 128, count), mask=group * 8 < count, other=0)
+    dx = tl.where(nan[:, None] != 0, float("nan"), level * dy)
+    tl.store(dx_ptr + element, dx, mask=element < count)
 
 
 def _grid(x: Tensor, config: launch.Config) -> tuple[int]:
     return (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
 
 
-def _new_planes(x: Tensor, bits: int) -> Tensor:
-    return x.new_empty((bits, packed_bytes(x.numel(), 1)), dtype=torch.uint8)
+def _new_code(x: Tensor, bits: int) -> Tensor:
+    return x.new_empty(code_bytes(x.numel(), bits), dtype=torch.uint8)
 
 
 def encode_triton(x: Tensor, function: str, bits: int, config: launch.Config = CONFIGS[0]) -> Tensor:
-    """The planes of `encode_reference(dense(x), function, bits)` in one pass; equal bit for bit."""
+    """The code of `encode_reference(dense(x), function, bits)` in one pass; equal bit for bit."""
     x = dense(x)
-    planes = _new_planes(x, bits)
+    code = _new_code(x, bits)
     borders = _BORDERS[function, bits, x.dtype]
-    launch.run(_encode_kernel, _grid(x, config), x, planes, x.numel(), BORDERS=borders, BITS=bits, **config)
-    return planes
+    launch.run(_encode_kernel, _grid(x, config), x, code, x.numel(), BORDERS=borders, BITS=bits, **config)
+    return code
 
 
 def forward_triton(x: Tensor, function: str, bits: int, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
-    """`forward_reference` in one pass; the planes are equal bit for bit, y differs as that of inverted.forward_triton does."""
+    """`forward_reference` in one pass; the code is equal bit for bit, y differs as that of inverted.forward_triton does."""
     x = dense(x)
-    y, planes = torch.empty_like(x), _new_planes(x, bits)
+    y, code = torch.empty_like(x), _new_code(x, bits)
     constexprs = {"FUNCTION": function, "BORDERS": _BORDERS[function, bits, x.dtype], "BITS": bits}
-    launch.run(_forward_kernel, _grid(x, config), x, y, planes, x.numel(), **constexprs, **config)
-    return y, planes
+    launch.run(_forward_kernel, _grid(x, config), x, y, code, x.numel(), **constexprs, **config)
+    return y, code
 
 
 def input_grad_triton(
-    dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool, config: launch.Config = CONFIGS[0]
+    dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool, config: launch.Config = CONFIGS[0]
 ) -> Tensor:
     """`input_grad_reference` in one pass; equal bit for bit."""
     dy = dense_as(dy, channels_last)
     dx = torch.empty_like(dy)
     levels = TABLES[function][bits]["levels"]
-    launch.run(_input_grad_kernel, _grid(dy, config), dy, planes, dx, dy.numel(), LEVELS=levels, BITS=bits, **config)
+    launch.run(_input_grad_kernel, _grid(dy, config), dy, code, dx, dy.numel(), LEVELS=levels, BITS=bits, **config)
     return dx
 
 
@@ -216,7 +250,7 @@ def _encode(x: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
 
 @_encode.register_fake
 def _(x: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
-    return _new_planes(x, bits)
+    return _new_code(x, bits)
 
 
 launch.on_cuda(
@@ -231,7 +265,7 @@ def _forward(x: Tensor, function: str, bits: int, channels_last: bool) -> tuple[
 
 @_forward.register_fake
 def _(x: Tensor, function: str, bits: int, channels_last: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense_as(x, channels_last)), _new_planes(x, bits)
+    return torch.empty_like(dense_as(x, channels_last)), _new_code(x, bits)
 
 
 launch.on_cuda(
@@ -240,12 +274,12 @@ launch.on_cuda(
 
 
 @torch.library.custom_op("actpress::few_bit_input_grad", mutates_args=())
-def _input_grad(dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
-    return dense_as(input_grad_reference(dy, planes, function, bits, channels_last), channels_last)
+def _input_grad(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
+    return dense_as(input_grad_reference(dy, code, function, bits, channels_last), channels_last)
 
 
 @_input_grad.register_fake
-def _(dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
+def _(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
     return torch.empty_like(dense_as(dy, channels_last))
 
 
@@ -253,8 +287,8 @@ launch.on_cuda(_input_grad, input_grad_triton)
 
 
 def encode(x: Tensor, function: str, bits: int) -> Tensor:
-    """x of any shape, strides and floating dtype -> bit planes of its codes, uint8 [bits, ceil(numel / 8)], in the order of dense(x):
-    channels_last where x is."""
+    """x of any shape, strides and floating dtype -> its code, uint8 [code_bytes], in the order of dense(x): channels_last where x
+    is."""
     if launch.on_gpu(x):
         return _encode(x, function, bits, is_channels_last(x))
     return encode_reference(dense(x), function, bits)[0]
@@ -267,12 +301,12 @@ def forward(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def input_grad(dy: Tensor, planes: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
-    """dx = dy * levels[code]: dy of any strides and floating dtype, the planes and whether they lie in channels_last order."""
+def input_grad(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
+    """dx = dy * levels[code]: dy of any strides and floating dtype, the code and whether it lies in channels_last order."""
     return (
-        _input_grad(dy, planes, function, bits, channels_last)
+        _input_grad(dy, code, function, bits, channels_last)
         if launch.on_gpu(dy)
-        else input_grad_reference(dy, planes, function, bits, channels_last)
+        else input_grad_reference(dy, code, function, bits, channels_last)
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import quad
 
 from actpress import errors
-from actpress.kernels.few_bit import BITS, code_bytes, encode_reference, input_grad_reference
+from actpress.kernels.few_bit import BITS, CHUNK, code_bytes, encode_reference, input_grad_reference
 from actpress.kernels.few_bit_tables import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -77,13 +77,13 @@ def test_more_bits_are_better(function):
 @pytest.mark.parametrize("bits", BITS)
 def test_levels_are_those_of_the_intervals(bits, dtype, shape):
     x = (torch.randn(shape) * 2).to(dtype)
-    planes, channels_last = encode_reference(x, "silu", bits)
-    assert planes.dtype == torch.uint8 and planes.nbytes == code_bytes(x.numel(), bits)
+    code, channels_last = encode_reference(x, "silu", bits)
+    assert code.dtype == torch.uint8 and code.nbytes == code_bytes(x.numel(), bits)
     dy = torch.ones(shape, dtype=dtype)
     table = TABLES["silu"][bits]
     index = torch.bucketize(x.double(), torch.tensor(table["borders"], dtype=torch.float64), right=True)
     expected = torch.tensor(table["levels"], dtype=torch.float64)[index].to(dtype)
-    assert torch.equal(input_grad_reference(dy, planes, "silu", bits, channels_last), expected)
+    assert torch.equal(input_grad_reference(dy, code, "silu", bits, channels_last), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
@@ -91,8 +91,8 @@ def test_levels_are_those_of_the_intervals(bits, dtype, shape):
 def test_every_16_bit_input(function, bits, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
-    planes, channels_last = encode_reference(x, function, bits)
-    got = input_grad_reference(torch.ones_like(x, dtype=torch.float64), planes, function, bits, channels_last)
+    code, channels_last = encode_reference(x, function, bits)
+    got = input_grad_reference(torch.ones_like(x, dtype=torch.float64), code, function, bits, channels_last)
     table = TABLES[function][bits]
     index = torch.bucketize(x.double(), torch.tensor(table["borders"], dtype=torch.float64), right=True)
     assert torch.equal(got, torch.tensor(table["levels"], dtype=torch.float64)[index])
@@ -112,9 +112,32 @@ def test_every_16_bit_input(function, bits, dtype):
 def test_any_strides(view):
     x = view(torch.randn(2, 5, 3, 4))
     dy = torch.randn_like(x)
-    planes, channels_last = encode_reference(x, "gelu", 3)
-    got = input_grad_reference(dy, planes, "gelu", 3, channels_last)
+    code, channels_last = encode_reference(x, "gelu", 3)
+    got = input_grad_reference(dy, code, "gelu", 3, channels_last)
     plain = x.contiguous().reshape(-1)
-    planes, channels_last = encode_reference(plain, "gelu", 3)
-    expected = input_grad_reference(dy.reshape(-1), planes, "gelu", 3, channels_last).view(x.shape)
+    code, channels_last = encode_reference(plain, "gelu", 3)
+    expected = input_grad_reference(dy.reshape(-1), code, "gelu", 3, channels_last).view(x.shape)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_nan_makes_its_chunk_nan_and_nothing_else(bits, dtype):
+    x = torch.randn(3 * CHUNK + 7).to(dtype)
+    x[CHUNK + 5] = x[-1] = torch.nan
+    code, _ = encode_reference(x, "gelu", bits)
+    dx = input_grad_reference(torch.ones_like(x), code, "gelu", bits, False)
+    chunk = torch.arange(x.numel()) // CHUNK
+    assert torch.equal(dx.isnan(), (chunk == 1) | (chunk == 3))
+    infinite = torch.where(x.isnan(), torch.inf, x)
+    dx = input_grad_reference(torch.ones_like(x), encode_reference(infinite, "gelu", bits)[0], "gelu", bits, False)
+    assert dx.isfinite().all()
+
+
+def test_chunks_run_through_memory():
+    x = torch.randn(2, 16, 16, 16).to(memory_format=torch.channels_last)
+    x[1, 3, 2, 1] = torch.nan
+    code, channels_last = encode_reference(x, "silu", 3)
+    dx = input_grad_reference(torch.ones_like(x), code, "silu", 3, channels_last)
+    in_memory = dx.permute(0, 2, 3, 1).reshape(-1, CHUNK).isnan()
+    assert channels_last and in_memory.any(1).sum() == 1 and in_memory.all(1).sum() == 1
