@@ -38,7 +38,7 @@ class Progress:
         """Around the work on an item; what the block adds to the list is printed as its outcome. prints: the work itself prints lines."""
         head = f"  {len(self.todo) - len(self._left) + 1}/{len(self.todo)} {self._name(item)}"
         start, said = self._now(), []
-        print(f"{head} ...", end="\n" if prints else " ", flush=True)
+        print(f"{head} ... ({self.state()})\n" if prints else f"{head} ... ", end="", flush=True)
         yield said
         self._left.remove(item)
         took = self._now() - start

@@ -87,14 +87,14 @@ def plan(table: tables.Table, place: Place) -> list[str]:
 def reproduce(wanted: list[tuple[tables.Table, Place]]) -> None:
     """Make the tables one after the other, print each, and say what is being done, the time so far and what is left."""
     rows = [row for table, place in wanted for row in table_rows.rows_of(table, place)]
+    print(f"{count(len(wanted), 'table')} of {count(len(rows), 'row')}: reading records", flush=True)
     entries = {row: table_rows.reusable(row) for row in rows}
     todo = [row for row in rows if entries[row] is None and not table_rows.lacking(row.cell)]
     progress = Progress(todo, lambda row: row.name, alike, lambda row: table_rows.KINDS[row.table.kind].seconds(row))
     found = sum(entry is not None for entry in entries.values())
     absent = len(rows) - found - len(todo)
     print(
-        f"{count(len(wanted), 'table')}: {count(len(todo), 'row')} to measure, {found} recorded already, "
-        f"{absent} need what this machine or this project lacks",
+        f"{count(len(todo), 'row')} to measure, {found} recorded already, {absent} need what this machine or this project lacks",
         flush=True,
     )
     changed = []
