@@ -252,7 +252,7 @@ def test_output_is_shared_with_the_next_layer(activation, bf16):
     bits = 16 if bf16 else 32
     stock = 2 if activation in (nn.GELU, nn.SiLU) else 3  # QuickGELU's formula keeps x and its sigmoid
     assert kept["inverted"] == 1 + 1 / bits
-    assert kept["few_bit"] == 1 + 3 / bits
+    assert kept["few_bit"] == 1 + (3 + 8 / 1024) / bits  # a byte for each chunk says whether it holds a NaN
     assert kept["stock"] >= stock
 
 

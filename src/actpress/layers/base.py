@@ -79,11 +79,11 @@ def records(x: Any, *tensors: Tensor | None) -> bool:
     """Whether a layer keeps something of its own for its input x: some of `tensors` needs a gradient, and x is an ordinary tensor."""
     if not isinstance(x, Tensor) or not needs_grad(*tensors):
         return False
-    if x.is_nested or x.layout != torch.strided or not x.is_floating_point() or x.numel() == 0:
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (not compiling and _transformed()):
         return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return not (is_traceable_wrapper_subclass(x) or _transformed())
+    ordinary = x.layout == torch.strided and x.is_floating_point() and not x.is_nested and x.numel() > 0
+    return ordinary and (compiling or not is_traceable_wrapper_subclass(x))
 
 
 def _transformed() -> bool:

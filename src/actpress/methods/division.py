@@ -4,14 +4,17 @@ The idea: the backward pass mainly uses the low-frequency part of an activation 
 Stock PyTorch keeps the input of every convolution and batch norm and the output of every ReLU, 32 bits per element each in
 fp32. We keep
 
-    Conv2d, BatchNorm2d inputs            block means + Q-bit rest, about Q + .26 bits per element at 56x56
-    Linear, LayerNorm inputs              the same over tokens, see below
-    ReLU (module or F.relu), Dropout      1 bit per element, exact
-    MaxPool2d                             8 bits per output, exact
-    AvgPool2d                             nothing, exact (stock keeps its input)
+    inputs of convolutions, BatchNorm, GroupNorm     block means + Q-bit rest, about Q + .26 bits per element at 56x56
+    Linear inputs                                    the same over tokens, see below
+    LayerNorm, RMSNorm inputs                        4 bits, or Q if that is more, between each token's bounds
+    ReLU and its kin (layers.exact), Dropout         1 bit per element, exact
+    MaxPool2d                                        8 bits per output, exact
+    AvgPool2d                                        nothing, exact (stock keeps its input)
+    Hardswish, Sigmoid, Tanh, ELU, Mish, Softplus    the derivative, 4 bits per element, or Q if that is more
 
-Two things differ from the official code by default, at the same bytes: blocks cover the whole map (align), and the means are left out of
-maps that are coded more exactly without them, those after a ReLU above all (lfc).
+Three things differ from the official code by default, at the same bytes: blocks cover the whole map (align), the means are left out of
+maps that are coded more exactly without them, those after a ReLU above all (lfc), and norms keep their normalised input, which is all their
+backward pass reads.
 
 Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
-from actpress.methods.quantize import QuantizeCodec, derivative_codec
+from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -146,11 +149,10 @@ class Division(Method):
             return with_codec((nn.Conv2d, nn.BatchNorm2d), maps) | exact()
         maps = DivisionCodec(self.block, self.bits, self.align, self.lfc, relu_mask=self.relu_mask)
         tokens = DivisionCodec(self.block, self.bits, self.align, self.lfc, "tokens", self.relu_mask)
-        normal = QuantizeCodec(self.bits, "sample", 256, "stochastic")
         return {
             **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm), maps),
             **with_codec((nn.Linear,), tokens),
-            **with_codec(TOKEN_NORMS, normal),
+            **with_codec(TOKEN_NORMS, token_norm_codec(self.bits)),
             **with_codec(CURVED, derivative_codec(self.bits)),
             **exact(),
         }
