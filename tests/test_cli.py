@@ -1,5 +1,6 @@
 """Bad input ends in one line that names the value and what is allowed; good input is let through."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from actpress import cli, run, settings
-from training import CONFIGS, command, config
+from actpress import cli, record, run, settings, usage
+from training import CONFIGS, SMALL, command, config, interrupt
 
 BAD_SETTINGS = {
     "recipe.epochs=-1": "recipe.epochs=-1 must be a whole number >= 1",
@@ -33,7 +34,9 @@ BAD_SETTINGS = {
     "data.train_size=10": "recipe.batch_size is 16",
     "method.bits=3": "bits",
     "method.block=0": "block",
-    "+method.colour=red": "colour",
+    "+method.colour=red": "method.colour: Division has no option 'colour', allowed: align, bits, block, lfc, relu_mask",
+    "recipe.optimizer.weight_decay=inf": "recipe.optimizer.weight_decay=inf must be a finite number >= 0",
+    "recipe.optimizer.lr=nan": "recipe.optimizer.lr=nan must be a finite number >= 0",
     "data.root=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
 }
 
@@ -106,7 +109,13 @@ def test_bad_overrides_are_named_on_one_line(overrides, message):
     ("overrides", "message"),
     [
         (["model=resnet20,resnet19"], "model=resnet19 is unknown"),
-        (["seed=range(0,3)", "method=none,division", "method.bits=2"], "there is no key 'method.bits'"),
+        (
+            ["seed=range(0,3)", "method=none,division", "method.bit=2,4"],
+            "there is no key 'method.bit'; allowed under method: align",
+        ),
+        (["method=division", "method.bit=2,4"], "override 'method.bit=2,4': there is no key 'method.bit'"),
+        (["method=none,division", "recipe.epohs=3"], "there is no key 'recipe.epohs'"),
+        (["method=none,division", "~method.bits"], "there is no key 'method.bits'"),
         (["model=glob(zzz*)"], "matches no choice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -129,14 +138,209 @@ def test_good_overrides_pass(overrides):
     cli.check_overrides(overrides, CONFIGS, multirun=True)
 
 
-def test_the_command_line_sweeps_and_reports_bad_input_on_one_line(tmp_path):
-    """One sweep, whose last run is bad: the others are trained, the code is 2, stderr holds one line."""
-    sweep = [*command(tmp_path, "recipe.epochs=1", "method=division", "method.bits=2,4,3"), "-m"]
-    result = subprocess.run(sweep, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_choices_that_lack_a_key_refuse_their_own_jobs_alone():
+    overrides = ["seed=0,1", "method=none,division,quantize", "method.block=4,8", "method.bits=4"]
+    plan = cli.check_overrides(overrides, CONFIGS, multirun=True)
+    assert plan.sweep
+    assert plan.renamed == {"method.block=4,8": "++method.block=4,8", "method.bits=4": "++method.bits=4"}
+    assert plan.refused.keys() == {("method", "none"), ("method", "quantize")}
+    wrong = plan.refused["method", "quantize"]
+    assert wrong.startswith("method=quantize has no key 'method.block'; allowed under method: bits, grouping")
+    assert "block" not in wrong.partition("allowed")[2]
+    assert cli.check_overrides(["method=none,division"], CONFIGS, multirun=True)[:2] == ({}, {})
+
+
+FAILING = """
+import os, sys
+from pathlib import Path
+from actpress import cli, engine
+stock = engine.Trainer.train_step
+def step(self, x, y):
+    if torch.initial_seed() == 8:
+        os.kill(os.getpid(), 9)
+    if torch.initial_seed() == 7:
+        raise KeyError("a bug")
+    return stock(self, x, y)
+import torch
+engine.Trainer.train_step = step
+if __name__ == "__main__":
+    sys.exit(cli.train(Path(sys.argv.pop(1))))
+"""
+LAUNCHER = """
+import os
+from dataclasses import dataclass
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.plugins.launcher import Launcher
+from omegaconf import open_dict
+
+class Forking(Launcher):
+    # Each job in a process of its own; what became of it is not handed back.
+    def setup(self, *, hydra_context, task_function, config):
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides, initial_job_idx):
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            if (child := os.fork()) == 0:
+                config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+                with open_dict(config):
+                    config.hydra.job.id = config.hydra.job.num = number
+                run_job(self.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", self.context)
+                os._exit(0)
+            os.waitpid(child, 0)
+        return [JobReturn(status=JobStatus.COMPLETED) for _ in job_overrides]
+
+@dataclass
+class Conf:
+    _target_: str = "hydra_plugins.forking.Forking"
+
+ConfigStore.instance().store(group="hydra/launcher", name="forking", node=Conf, provider="test")
+"""
+
+
+@pytest.mark.parametrize(("launcher", "seeds"), [("basic", (0, 7)), ("forking", (0, 7, 8))], ids=["basic", "forking"])
+def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seeds):
+    """Jobs that lack the option, have a bad value, a bug (seed 7), or are killed (8) where they have their own processes."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "plugins" / "hydra_plugins").mkdir(parents=True)
+    (tmp_path / "plugins" / "hydra_plugins" / "forking.py").write_text(LAUNCHER)
+    swept = [f"seed={','.join(map(str, seeds))}", "method=none,division", "method.bits=2,3"]
+    python, _, *rest = command(
+        tmp_path, "recipe.epochs=1", "data.train_size=16", *swept, f"hydra/launcher={launcher}", "-m"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
+    result = subprocess.run(
+        [python, "failing.py", str(CONFIGS), *rest],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 2, result.stderr
+    records = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*.json")]
+    assert sorted(record["status"] for record in records) == ["failed", "ok"]
+    lacks = "method=none has no key 'method.bits'; allowed under method: nothing"
+    expected = {f"seed={seed} method=none ++method.bits={bits}": lacks for seed in seeds for bits in (2, 3)}
+    expected |= {
+        f"seed={seed} method=division ++method.bits=3": "Division: bits=3, allowed: 1, 2, 4, 8" for seed in seeds
+    }
+    expected |= {"seed=7 method=division ++method.bits=2": "KeyError: 'a bug'"}
+    if 8 in seeds:
+        expected |= {"seed=8 method=division ++method.bits=2": "ended without a word: was it killed?"}
+    head, *last = result.stderr[
+        result.stderr.rindex("\n", 0, result.stderr.index(" jobs failed:\n")) + 1 :
+    ].splitlines()
+    assert head == f"{len(expected)} of {4 * len(seeds)} jobs failed:"
+    assert dict(re.fullmatch(r"  job \d+ \((.*?)\): (.*)", line).groups() for line in last) == expected
+    assert list((tmp_path / "outputs" / "hydra").glob("jobs-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_that_are_published_end_with_the_code_of_the_worst_job(tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    options = ["recipe.epochs=1", "method=division", "method.bits=2,3", f"hydra/launcher={launcher}", "-m"]
+    result = subprocess.run(command(tmp_path, *options), cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 2
-    assert re.fullmatch(r"error: [^\n]*bits[^\n]*3[^\n]*\n", result.stderr)
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
-    assert sorted(os.listdir(tmp_path)) == ["outputs", "runs"]
+    assert "1 of 2 jobs failed:\n  job 1 (method.bits=3): Division: bits=3" in result.stderr
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 1
+
+
+def ended(overrides: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    code = cli.train(CONFIGS)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("key", ["outputs", "records"])
+@pytest.mark.parametrize("way", ["a file", "below a file", "a broken link", "read-only"])
+def test_results_that_cannot_be_written_are_named_before_training(tmp_path, monkeypatch, capsys, key, way):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "place"
+    if way == "a broken link":
+        place.symlink_to(tmp_path / "nowhere" / "else")
+    elif way == "read-only":
+        place.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: path != place)  # for root every folder is writable
+    else:
+        place.write_text("")
+    value = place / "deep" if way == "below a file" else place
+    others = {"outputs": "o", "records": "r"} | {key: value}
+    overrides = [*SMALL, *(f"paths.{name}={folder}" for name, folder in others.items())]
+    for flags in ([], ["-m"]):
+        code, out, err = ended([*flags, *overrides], monkeypatch, capsys)
+        assert (code, out) == (2, "")
+        assert re.fullmatch(rf"error: paths.{key}={value} must be [^\n]* {place} is [^\n]*\n", err)
+    assert sorted(os.listdir(tmp_path)) == ["place"]
+
+
+def test_folders_in_place_of_files_are_named_before_training(tmp_path):
+    cfg = config(tmp_path)
+    for path in (run.files_of(cfg).folder / "config.yaml", run.files_of(cfg).log, run.files_of(cfg).record):
+        path.mkdir(parents=True)
+        with pytest.raises(run.InputError, match=re.escape(path.name)), interrupt(2, AssertionError("trained")):
+            run.run(cfg)
+        path.rmdir()
+
+
+def test_a_full_disk_ends_the_command_on_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def full(cfg):
+        raise record.WriteError("runs/a.json", OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(cli, "train_run", full)
+    code, _, err = ended([f"paths.outputs={tmp_path}/outputs"], monkeypatch, capsys)
+    assert (code, err) == (3, "error: runs/a.json could not be written: No space left on device\n")
+
+
+# Help
+
+
+def test_help_lists_what_training_reads_and_the_options_of_the_chosen_method(monkeypatch, capsys):
+    code, out, err = ended(["--help", "method=division", "method.bits=4"], monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    for group in ("model", "data", "recipe", "method", "logger", "runtime"):
+        assert re.search(rf"^  {group} .*\[\w+\]", out, re.MULTILINE | re.DOTALL)
+    assert not re.search("battery|gradient_fidelity|_target_", out)
+    assert re.search(r"^  method.block=8 +side of the averaged blocks, at least 1", out, re.MULTILINE)
+    assert re.search(r"^  method.bits=4 +Q, bits per element", out, re.MULTILINE)
+    assert re.search(r"^  recipe.schedule.warmup_epochs=0.5$", out, re.MULTILINE)
+    assert re.search(r"^  runtime.compile=false +torch.compile for the training step$", out, re.MULTILINE)
+    code, _, err = ended(["--help", "method=divison"], monkeypatch, capsys)
+    assert (code, "method=divison is unknown" in err) == (2, True)
+
+
+@pytest.mark.parametrize("method", sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml")))
+def test_help_explains_every_option_of_a_method(method):
+    with cli._configs(CONFIGS, "train") as configs:
+        cfg = cli._composed([f"method={method}"], configs, "train", hydra_too=True)
+        out = usage.text(cfg, configs, "train")
+    section = out.partition(f"\nmethod={method}\n")[2].partition("\n\n")[0]
+    options = [key for key, _ in usage._leaves(cfg.method)]
+    for option in options:
+        line = re.search(rf"^  method\.{re.escape(option)}=.*(\n {{40}}\S.*)*", section, re.MULTILINE)
+        assert line, option
+        assert re.search(r"  \S", line[0].strip()), f"{option} is not explained"
+    assert options or "no options" in section
+    assert max(map(len, section.splitlines())) <= usage.WIDTH or "skip" in section
+
+
+def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/some.py", "--help"])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What it does.")
+    assert cli.run(lambda: pytest.fail("ran")) == 0
+    assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
+
+
+def test_audit_has_a_help():
+    audit = [sys.executable, str(CONFIGS.parent / "scripts" / "audit.py"), "--help"]
+    result = subprocess.run(audit, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "usage: " in result.stdout
+    assert "model=resnet50 method=division batch=256" in result.stdout
 
 
 def test_the_command_line_ends_with_the_code_of_its_worst_run(monkeypatch, capsys, tmp_path):

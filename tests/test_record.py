@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from actpress import cli, record
+from actpress import checkpoint, cli, record
+from training import files_up_to
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -108,6 +110,39 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError("stopped")
     assert record.read(path) == {"run_id": "old"}
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("writer", ["record", "checkpoint", "many small writes"])
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, writer):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(record.WriteError) as caught, files_up_to(100_000):
+        if writer == "record":
+            record.write(path, {"history": ["x" * 100] * 2000})
+        elif writer == "checkpoint":
+            checkpoint.save(path, {"model": torch.rand(100_000)})  # torch.save says: unexpected pos
+        else:
+            with record.replacing(path) as file:
+                for _ in range(20_000):
+                    file.write(b"a few bytes")
+    assert str(caught.value) == f"{path} could not be written: File too large"
+    assert isinstance(caught.value, OSError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_an_error_of_the_block_is_not_taken_for_one_of_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError), record.replacing(tmp_path / "file") as file:
+        file.write(b"begun")
+        (tmp_path / "missing").read_bytes()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(record.WriteError, match=r"runs/a\.json could not be written: File exists"):
+        record.write(tmp_path / "runs" / "a.json", {})
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):

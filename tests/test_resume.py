@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from actpress import checkpoint, engine, measure, record, run
+from actpress import checkpoint, engine, logger, measure, record, run
 from training import (
     CPU,
     command,
     config,
     differences,
+    files_up_to,
     final_state,
     interrupt,
     trainer_for,
@@ -133,6 +134,92 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     cfg.resume = True  # the old run is gone: nothing is complete any more
     assert run.run(cfg)["status"] == "ok"
     assert "is complete" not in capsys.readouterr().out
+
+
+def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_path, capsys):
+    cfg = config(tmp_path, "recipe.epochs=1")
+    files, finished = run.files_of(cfg), run.run(cfg)
+    files.record.write_bytes(files.record.read_bytes()[:100])
+    capsys.readouterr()
+    assert run.run(cfg) == finished == record.read(files.record)
+    (line,) = capsys.readouterr().out.splitlines()
+    accuracy = f"test accuracy {finished['metrics']['top1_last']:.2f}%"
+    what = f"run {finished['run_id']} is complete (resume=false trains anew)"
+    assert line == f"{what}: {accuracy} | record {files.record} | W&B off"
+
+
+@pytest.mark.parametrize("where", ["epoch 2", "the last epoch"])
+def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
+    epochs = {"epoch 2": 3, "the last epoch": 2}[where]
+    whole, broken = (config(tmp_path / name, f"recipe.epochs={epochs}") for name in ("whole", "broken"))
+    run.run(whole)
+    files = run.files_of(broken)
+    with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
+        run.run(broken)
+    before = files.checkpoint.read_bytes()
+    with files_up_to(600_000):  # a checkpoint takes 2 MB, a record a few kB
+        finished = run.run(broken)
+    assert finished == record.read(files.record)
+    assert finished["status"] == "failed"
+    advice = "the same command goes on from the last checkpoint"
+    assert finished["message"] == f"{files.checkpoint} could not be written: File too large; {advice}"
+    assert files.checkpoint.read_bytes() == before
+    assert [path.name for path in files.folder.iterdir() if path.suffix == ".tmp"] == []
+    assert run.run(broken)["status"] == "ok"
+    assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
+
+
+def test_a_full_disk_without_room_for_the_record_is_named(tmp_path):
+    cfg = config(tmp_path)
+    with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
+        run.run(cfg)
+    files = run.files_of(cfg)
+    before = files.record.read_bytes()
+    with pytest.raises(record.WriteError) as caught, files_up_to(2_500):  # config.yaml and the log are smaller
+        run.run(cfg)
+    assert str(caught.value) == f"{files.record} could not be written: File too large"
+    assert files.record.read_bytes() == before
+    assert run.run(cfg)["status"] == "ok"
+
+
+DAMAGED = {
+    "NULs": b"\0" * 40 + b"\n",
+    "two lines run together": b'{"step": 5, "lr{"step": 6}\n',
+    "no step": b'{"epoch": 1}\n',
+    "step null": b'{"step": null}\n',
+    "step true": b'{"step": true}\n',
+    "step a float": b'{"step": 1e400}\n',
+    "not UTF-8": b"\xff\xfe\n",
+    "an empty line": b"\n",
+    "a number": b"7\n",
+    "brackets without end": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("end", [b"", b'{"step": 9, "tra'], ids=["", "last line cut short"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_of_the_log_is_dropped_and_said(tmp_path, capsys, damage, end):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 4, "a": 1}\n' + DAMAGED[damage] + b'{"step": 8}\n{"step": 12}\n' + end)
+    assert logger._keep_until(path, 8) == [{"step": 4, "a": 1}, {"step": 8}]
+    assert path.read_text() == '{"step": 4, "a": 1}\n{"step": 8}\n'
+    said = "1 damaged line(s) dropped; the curves have a gap, the record has none"
+    assert capsys.readouterr().err == f"{path}: {said}\n"
+    assert logger._keep_until(path, 8) == [{"step": 4, "a": 1}, {"step": 8}]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_of_rubbish_stops_no_resume(tmp_path):
+    whole, broken = config(tmp_path / "whole"), config(tmp_path / "broken")
+    run.run(whole)
+    with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
+        run.run(broken)
+    with run.files_of(broken).log.open("ab") as file:
+        file.write(b"".join(DAMAGED.values()) + b'{"step": 4')
+    assert run.run(broken)["status"] == "ok"
+    assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
+    steps = [json.loads(line)["step"] for line in run.files_of(broken).log.read_text().splitlines()]
+    assert steps == [4, 8, 12]
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):

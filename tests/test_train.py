@@ -6,6 +6,7 @@ import math
 import os
 import statistics
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ def test_a_run_learns_and_leaves_a_record(tmp_path, capsys):
     rows = [json.loads(line) for line in files.log.read_text().splitlines()]
     assert [row["step"] for row in rows if "test/accuracy" in row] == [16, 32, 48, 64, 80]
     assert [row["step"] for row in rows if "train/loss" in row] == [20, 40, 60, 80]
-    assert capsys.readouterr().out.count("epoch ") == 5 + 1
+    out = capsys.readouterr().out
+    assert out.count("epoch ") == 5 + 1
+    accuracy = f"test accuracy {metrics['top1_last']:.2f}%"
+    assert out.splitlines()[-1] == f"run {finished['run_id']} ended ok: {accuracy} | record {files.record} | W&B off"
 
 
 def test_saved_bytes_of_the_run_are_those_of_the_ruler(tmp_path):
@@ -81,7 +85,7 @@ def test_every_seed_is_its_own_trajectory_and_repeats(tmp_path):
 # Other ends
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     cfg = config(tmp_path, "recipe.optimizer.lr=1e30", "recipe.schedule.warmup_epochs=0")
     finished = run.run(cfg)
     assert finished == record.read(run.files_of(cfg).record)
@@ -89,6 +93,73 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert "not finite: epoch 1" in finished["message"]
     assert finished["metrics"]["top1_last"] is None
     assert finished["history"] == []
+    assert "ended diverged: no test accuracy | record " in capsys.readouterr().out
+
+
+NOT_FINITE = {  # what happens to the model -> (outputs of how many of the 32 test images are not finite, test loss)
+    "a weight is NaN": (lambda model: model.fc.weight.data.fill_(math.nan), 32, "nan"),
+    "a bias is infinite": (lambda model: model.fc.bias.data.fill_(math.inf), 32, "nan"),
+    # the loss of the images of other classes stays finite
+    "one output is -infinite": (lambda model: model.fc.bias.data.index_fill_(0, torch.tensor(3), -math.inf), 32, "inf"),
+    # training reads the batch's statistics, so its loss stays finite
+    "a running variance is NaN": (lambda model: model.bn1.running_var.fill_(math.nan), 32, "nan"),
+}
+
+
+@pytest.mark.parametrize("ema", [None, 0.5], ids=["last weights", "EMA"])
+@pytest.mark.parametrize("damage", NOT_FINITE)
+def test_a_test_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, damage, ema):
+    break_model, images, loss = NOT_FINITE[damage]
+    original = engine.Trainer.train_epoch
+
+    def train_epoch(self, log):
+        row = original(self, log)
+        if self.epoch == 1:
+            break_model(self.ema.module if ema else self.model)
+        return row
+
+    monkeypatch.setattr(engine.Trainer, "train_epoch", train_epoch)
+    cfg = config(tmp_path, f"recipe.ema={ema or 'null'}")
+    finished = run.run(cfg)
+    assert finished == record.read(run.files_of(cfg).record)
+    assert finished["status"] == "diverged"
+    where = " (EMA weights)" if ema else ""
+    assert finished["message"] == (
+        f"the test is not finite: epoch 2, step 8, test loss {loss}, "
+        f"outputs of {images} of 32 images are NaN or infinite{where}"
+    )
+    assert [row["epoch"] for row in finished["history"]] == [1]
+    metrics = finished["metrics"]
+    assert metrics["top1_best"] == metrics["top1_last"] == finished["history"][0]["test_accuracy"]
+
+
+def test_an_output_that_is_infinite_is_not_hidden_by_a_finite_loss(tmp_path):
+    trainer = trainer_for(tmp_path)
+    batches = [(x, torch.zeros_like(y)) for x, y in trainer.data.test]
+    trainer.data = types.SimpleNamespace(test=batches)
+    trainer.model.fc.bias.data[3] = -math.inf
+    with pytest.raises(engine.Diverged, match=r"test loss \d.*, outputs of 32 of 32 images"):
+        trainer.evaluate()
+
+
+def test_a_loss_that_is_not_finite_in_the_last_step_ends_the_run(tmp_path, monkeypatch):
+    original = engine.Trainer._loss
+
+    def _loss(self, x, y):
+        loss, logits = original(self, x, y)
+        return (loss * math.nan if self.step == 11 else loss), logits
+
+    monkeypatch.setattr(engine.Trainer, "_loss", _loss)
+    finished = run.run(config(tmp_path))  # 12 steps
+    assert (finished["status"], len(finished["history"])) == ("diverged", 2)
+    assert finished["message"] == "the training loss is not finite: epoch 3, at most 12 steps done"
+
+
+def test_an_empty_test_set_is_named(tmp_path):
+    cfg = config(tmp_path)
+    data = types.SimpleNamespace(train=[0], test=[], num_classes=10)
+    with pytest.raises(ValueError, match="test set is empty"):
+        engine.Trainer(cfg, nn.Linear(1, 1), data, CPU)
 
 
 @pytest.mark.parametrize(

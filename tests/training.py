@@ -1,6 +1,8 @@
 """Small training runs for tests: ResNet-20 on a few 16-pixel digits, one thread; and how to compare what they leave."""
 
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -70,6 +72,17 @@ def interrupt(step: int, error: Exception):
         return original(self, x, y)
 
     return mock.patch.object(engine.Trainer, "train_step", train_step)
+
+
+@contextmanager
+def files_up_to(size: int):
+    """No file can grow beyond `size` bytes meanwhile: writing fails as on a full disk, with "File too large"."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def command(folder: Path, *overrides: str) -> list[str]:

@@ -1,65 +1,174 @@
 """The command line of training. Bad input ends in one line on stderr that names the value and what is allowed.
 
-Hydra spreads its own messages over several lines, so the overrides are composed here first; HYDRA_FULL_ERROR=1 skips
-that and shows every traceback.
+Hydra spreads its own messages over several lines, so the overrides are composed here first; HYDRA_FULL_ERROR=1 shows every traceback.
 
-Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input; 3 a run ended out of memory or diverged; 130 interrupted.
+A sweep runs every job it can. An unknown key or choice is a typo and refused before the first job; a key that only some of the
+swept choices lack (method=none,division method.block=4,8) fails those jobs alone. The jobs that failed are listed at the end.
+
+Exit codes: 0 done; 1 a bug (with its traceback) or a killed job; 2 bad input; 3 a run ended out of memory, diverged or could not write
+its files; 130 interrupted. A sweep ends with the highest code of its jobs.
 """
 
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from actpress import outcomes, usage
+from actpress.outcomes import Outcome
+from actpress.record import WriteError, check_folder
 from actpress.run import InputError
 from actpress.run import run as train_run
 
 VERSION_BASE = "1.3"
-BAD_INPUT, UNHAPPY_END, INTERRUPTED = 2, 3, 130
+BUG, BAD_INPUT, UNHAPPY_END, INTERRUPTED = 1, 2, 3, 130
+
+
+class Lack(NamedTuple):
+    """A key that a config does not have. where: of the keys in `allowed`."""
+
+    key: str
+    where: str
+    allowed: str
+
+    def message(self, override: str) -> str:
+        return (
+            f"override {override!r}: there is no key {self.key!r}; allowed {self.where}: {self.allowed} "
+            f"(+{self.key}=... adds a new one)"
+        )
+
+
+class Plan(NamedTuple):
+    """What Hydra is to be started with.
+
+    renamed: override -> the form in which Hydra takes it also where the key is missing, such as ++method.block=4,8.
+    refused: (group, choice) -> why a job with this choice cannot run.
+    outputs, sweep: paths.outputs of the first job; whether there are several.
+    """
+
+    renamed: dict[str, str] = {}  # noqa: RUF012 - never changed
+    refused: dict[tuple[str, str], str] = {}  # noqa: RUF012
+    outputs: Path = Path("outputs")
+    sweep: bool = False
 
 
 def train(configs: Path) -> int:
     """Run the command line sys.argv on the configs in folder `configs` (config train). Returns the exit code."""
-    arguments = get_args_parser().parse_args()
-    full_errors = _full_errors()
-    codes = [0]
+    return _ending(lambda: _train(configs))
+
+
+def _train(configs: Path) -> int:
+    arguments = get_args_parser().parse_intermixed_args()
+    name = arguments.config_name or "train"
+    if arguments.help:
+        with _configs(configs, name) as configs:
+            print(usage.text(_composed(arguments.overrides, configs, name, hydra_too=True), configs, name))
+        return 0
+    plan = Plan(sweep=arguments.multirun)
+    if not arguments.hydra_help and arguments.config_dir is None:
+        plan = check_overrides(arguments.overrides, configs, name, arguments.multirun)
+    given = sys.argv
+    flags = [argument for argument in given[1:] if argument not in arguments.overrides]
+    overrides = [plan.renamed.get(override, override) for override in arguments.overrides]
+    sys.argv = [given[0], *flags, *overrides]  # Hydra's own parser does not take flags between overrides
+    try:
+        if plan.sweep:
+            return _sweep(configs, plan)
+        ends: list[Outcome] = []
+        code = _start(configs, _job(plan, ends.append))
+        return max([code, *(end.code or 0 for end in ends)])
+    finally:
+        sys.argv = given
+
+
+def _start(configs: Path, job: Callable[[DictConfig], float | None]) -> int:
+    """Have Hydra run the job, or all jobs of a sweep. Returns its exit code: Hydra reports errors itself and exits."""
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=str(configs), config_name="train")(job)()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def _sweep(configs: Path, plan: Plan) -> int:
+    with outcomes.collecting(plan.outputs) as folder:
+        try:
+            code = _start(configs, _job(plan, folder))
+        finally:
+            message, worst = outcomes.summary(outcomes.read(folder))
+            if message:
+                print(message, file=sys.stderr)
+    return max(code, worst)
+
+
+def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[DictConfig], float | None]:
+    """What Hydra calls for each run. target: the folder for outcomes of a sweep, or what is told the outcome of a single run.
+
+    It returns the last top-1, which is what a sweeper optimises, or None for a run that failed. A launcher may pickle it.
+    """
+    sweep, refused, full_errors = plan.sweep, plan.refused, _full_errors()
+
+    def tell(code: int | None, reason: str | None = None) -> None:
+        number = HydraConfig.get().job.num if sweep else 0
+        outcome = Outcome(number, list(HydraConfig.get().overrides.task), code, reason)
+        outcomes.note(target, outcome) if sweep else target(outcome)
 
     def job(cfg: DictConfig) -> float | None:
-        """One run; returns its last top-1, which is what a sweeper optimises."""
+        tell(None)
         try:
+            for (group, choice), reason in refused.items():
+                if HydraConfig.get().runtime.choices.get(group) == choice:
+                    raise InputError(reason)
             record = train_run(cfg)
-        except InputError as error:
+        except (InputError, WriteError) as error:
+            code = BAD_INPUT if isinstance(error, InputError) else UNHAPPY_END
+            tell(code, str(error))
             if full_errors:
                 raise
-            codes.append(_complain(error))
+            _complain(error)
             return None
-        if record["status"] != "ok":
+        except Exception as error:
+            tell(BUG, " ".join(f"{type(error).__name__}: {error}".split()))
+            if not sweep:
+                raise
+            traceback.print_exc()  # the other jobs go on
+            return None
+        if record["status"] == "ok":
+            tell(0)
+        else:
+            tell(UNHAPPY_END, f"{record['status']}, {record['message']}")
             print(f"run {record['run_id']} ended: {record['status']}, {record['message']}", file=sys.stderr)
-            codes.append(UNHAPPY_END)
         return record["metrics"]["top1_last"]
 
-    def main() -> int:
-        if not full_errors and not arguments.hydra_help and arguments.config_dir is None:
-            check_overrides(arguments.overrides, configs, arguments.config_name or "train", arguments.multirun)
-        hydra.main(version_base=VERSION_BASE, config_path=str(configs), config_name="train")(job)()
-        return max(codes)
-
-    return run(main)
+    return job
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call main() and return its exit code, 0 for None; InputError becomes one line on stderr and code 2."""
+    """Call main() and return its exit code, 0 for None; InputError becomes one line on stderr and code 2.
+
+    With --help among the arguments of the command, its docstring is printed instead.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"usage: python {sys.argv[0]} [arguments]\n\n{inspect.getdoc(sys.modules['__main__'])}")
+        return 0
+    return _ending(main)
+
+
+def _ending(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except InputError as error:
@@ -75,7 +184,7 @@ def _full_errors() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def _complain(error: InputError) -> int:
+def _complain(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT
 
@@ -83,19 +192,72 @@ def _complain(error: InputError) -> int:
 def compose(overrides: list[str], configs: Path, name: str = "train") -> DictConfig:
     """The config `name` of folder `configs` under overrides, as on the command line. Raises InputError for bad ones."""
     with _configs(configs, name) as configs:
-        return _compose([_choices(_parse(text), multirun=False)[0] for text in overrides], configs, name)
+        return _composed(overrides, configs, name)
 
 
-def check_overrides(overrides: list[str], configs: Path, name: str = "train", multirun: bool = False) -> None:
-    """Raise InputError, on one line, unless Hydra can compose config `name` of folder `configs` under `overrides`.
+def _composed(overrides: list[str], configs: Path, name: str, hydra_too: bool = False) -> DictConfig:
+    parsed = [_choices(_parse(text), multirun=False)[0] for text in overrides]
+    _check(parsed, configs, name)
+    return _hydra_compose(name, [o.input_line for o in parsed], hydra_too)
 
-    In a multirun every choice of every sweep is tried, each beside the first choices of the others.
+
+def check_overrides(overrides: list[str], configs: Path, name: str = "train", multirun: bool = False) -> Plan:
+    """What to start Hydra with. Raises InputError, on one line, unless it can compose config `name` of `configs` under `overrides`.
+
+    In a multirun every choice of every sweep is tried, each beside the first choices of the others. A key that some choices of a
+    swept group lack, and others have, is no error: the plan says which choices refuse it.
     """
     with _configs(configs, name) as configs:
         parsed = [_parse(text) for text in overrides]
-        multirun = multirun or any(override.key_or_group == "hydra.mode" for override in parsed)
-        for overridden in _each_choice([_choices(override, multirun) for override in parsed]):
-            _compose(overridden, configs, name)
+        multirun = multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in parsed)
+        choices = [_choices(override, multirun) for override in parsed]
+        swept = {options[0].key_or_group for options in choices if len(options) > 1}
+        missing: dict[
+            int, dict[tuple[str, str], Lack]
+        ] = {}  # position of the override -> group and choice -> what lacks
+        tried: dict[str, set[str]] = {}
+        outputs = None
+        for overridden in _each_choice(choices):
+            chosen = {o.key_or_group: str(o.value()) for o in overridden if o.key_or_group in swept}
+            for group, choice in chosen.items():
+                tried.setdefault(group, set()).add(choice)
+            lines = [o.input_line for o in overridden]
+            for position, lack in _missing(overridden, configs, name):
+                group = lack.key.partition(".")[0]
+                if group not in chosen or overridden[position].is_delete():
+                    raise InputError(lack.message(overrides[position]))
+                missing.setdefault(position, {})[group, chosen[group]] = lack
+                lines[position] = f"++{lines[position]}"
+            sweeps = [o.is_sweep_override() for o in overridden]
+            lines = [line for line, sweep in zip(lines, sweeps, strict=True) if not sweep]
+            cfg = _hydra_compose(name, lines, hydra_too=True)
+            _check_folders(cfg, multirun)
+            outputs = outputs or Path(cfg.paths.outputs)
+        for position, lacks in missing.items():
+            ((group, _), *_) = lacks
+            if len(lacks) == len(tried[group]):  # no job has such a key: a typo
+                raise InputError(max(lacks.values(), key=lambda lack: len(lack.allowed)).message(overrides[position]))
+    return Plan(
+        renamed={overrides[position]: f"++{overrides[position]}" for position in missing},
+        refused={
+            (group, choice): f"{group}={choice} has no key {lack.key!r}; allowed {lack.where}: {lack.allowed}"
+            for lacks in missing.values()
+            for (group, choice), lack in lacks.items()
+        },
+        outputs=outputs,
+        sweep=multirun,
+    )
+
+
+def _check_folders(cfg: DictConfig, multirun: bool) -> None:
+    """Raise InputError where the folders of results cannot be made; Hydra makes its own before a run begins."""
+    hydra_key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    try:
+        for key in ("paths.outputs", "paths.records", hydra_key):
+            if (folder := OmegaConf.select(cfg, key)) is not None:
+                check_folder(key, folder)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 @contextmanager
@@ -143,19 +305,35 @@ def _each_choice(choices: list[list[Override]]) -> Iterator[list[Override]]:
             yield [*firsts[:position], option, *firsts[position + 1 :]]
 
 
-def _compose(overrides: list[Override], configs: Path, name: str) -> DictConfig:
-    ours = [o for o in overrides if not o.key_or_group.startswith("hydra")]  # Hydra's own groups lie elsewhere too
-    groups = [o for o in ours if (configs / o.key_or_group).is_dir()]
+def _check(overrides: list[Override], configs: Path, name: str) -> None:
+    """Raise InputError unless every override of a single run finds its group or key."""
+    for position, lack in _missing(overrides, configs, name):
+        raise InputError(lack.message(overrides[position].input_line))
+
+
+def _missing(overrides: list[Override], configs: Path, name: str) -> Iterator[tuple[int, Lack]]:
+    """(position, what lacks) for each override whose key is not there. Raises InputError for an unknown choice of a group."""
+    # Hydra's own groups lie elsewhere too
+    groups = [o for o in overrides if not o.key_or_group.startswith("hydra") and (configs / o.key_or_group).is_dir()]
     for override in groups:
         _check_group(override, configs)
-    keys = [o for o in ours if o not in groups and not o.is_add()]
-    lines = [o.input_line for o in overrides if not o.is_sweep_override()]
+    keys = [
+        (position, o)
+        for position, o in enumerate(overrides)
+        if not o.key_or_group.startswith("hydra") and o not in groups and not o.is_add()
+    ]
+    if not keys:
+        return
+    composed = _hydra_compose(name, [o.input_line for o in groups])
+    for position, override in keys:
+        if lack := _lack(override, composed):
+            yield position, lack
+
+
+def _hydra_compose(name: str, lines: list[str], hydra_too: bool = False) -> DictConfig:
+    """Hydra's compose. hydra_too: with the node hydra. Raises InputError."""
     try:
-        if keys:
-            composed = hydra.compose(name, [o.input_line for o in groups])
-            for override in keys:
-                _check_key(override, composed)
-        return hydra.compose(name, lines)
+        return hydra.compose(name, lines, return_hydra_config=hydra_too)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -169,8 +347,8 @@ def _check_group(override: Override, configs: Path) -> None:
         raise InputError(f"{group}={value} is unknown; choose one of {_listed(options)}")
 
 
-def _check_key(override: Override, composed: DictConfig) -> None:
-    """An override that changes or deletes a key must find it there."""
+def _lack(override: Override, composed: DictConfig) -> Lack | None:
+    """An override that changes or deletes a key must find it there: what lacks, None if nothing does."""
     key = override.key_or_group
     node: Any = composed
     path = key.split(".")
@@ -179,12 +357,10 @@ def _check_key(override: Override, composed: DictConfig) -> None:
             break  # an item of a list, or below a value: left to Hydra
         if part not in node:
             above = ".".join(path[:depth])
-            where = f"under {above}" if above else "at the top level"
-            raise InputError(
-                f"override {override.input_line!r}: there is no key {key!r}; allowed {where}: {_listed(map(str, node))} "
-                f"(+{key}=... adds a new one)"
-            )
+            allowed = _listed(str(name) for name in node if not str(name).startswith("_"))
+            return Lack(key, f"under {above}" if above else "at the top level", allowed or "nothing")
         node = node._get_node(part)
+    return None
 
 
 def _stems(folder: Path) -> list[str]:

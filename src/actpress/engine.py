@@ -55,7 +55,7 @@ class Data(Protocol):
 
 
 class Diverged(ArithmeticError):
-    """The training loss is not finite."""
+    """The training loss, the test loss or an output of the tested model is not finite."""
 
 
 def seed_everything(seed: int) -> None:
@@ -106,6 +106,8 @@ class Trainer:
         recipe, runtime = cfg.recipe, cfg.runtime
         if len(data.train) == 0:
             raise ValueError(f"recipe.batch_size={recipe.batch_size} is larger than the training set: no whole batch")
+        if len(data.test) == 0:
+            raise ValueError("the test set is empty; data must hold at least one test image")
         self.model, self.data, self.device = model, data, device
         self.batch_size, self.clip_grad = recipe.batch_size, recipe.clip_grad
         self.channels_last, self.progress, self.compiled = runtime.channels_last, runtime.progress, runtime.compile
@@ -205,7 +207,7 @@ class Trainer:
     def fit(self, on_epoch: Callable[[dict[str, float]], None], log: Log) -> None:
         """Train the epochs that are left. on_epoch(row of history) is called when an epoch is trained, tested and counted.
 
-        Raises Diverged if the training loss is not finite: the epoch is then not counted.
+        Raises Diverged if the training or test loss, or an output in the test, is not finite: the epoch is then not counted.
         """
         while self.epoch < self.epochs:
             row = self.train_epoch(log)
@@ -281,10 +283,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """(mean cross-entropy, top-1 accuracy in %) on the test set, of the EMA weights where the recipe has them."""
+        """(mean cross-entropy, top-1 accuracy in %) on the test set, of the EMA weights where the recipe has them.
+
+        Raises Diverged if the loss or an output is NaN or infinite: argmax would still count such images as right or wrong.
+        """
         model = self.ema.module if self.ema else self.model
         model.eval()
         sums = Sums(self.device)
+        unsound = torch.zeros((), dtype=torch.int64, device=self.device)  # images with an output that is not finite
         for x, y in self.data.test:
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -292,7 +298,15 @@ class Trainer:
                 logits = model(x)
             logits = logits.float()
             sums.add(nn.functional.cross_entropy(logits, y), logits, y)
-        return means(sums.read())
+            unsound.add_((~logits.isfinite().all(1)).sum())
+        loss, accuracy = means(sums.read())
+        if unsound or not math.isfinite(loss):
+            raise Diverged(
+                f"the test is not finite: epoch {self.epoch + 1}, step {self.step}, test loss {loss}, "
+                f"outputs of {int(unsound)} of {sums.samples} images are NaN or infinite"
+                + (" (EMA weights)" if self.ema else "")
+            )
+        return loss, accuracy
 
     @property
     def lr(self) -> float:

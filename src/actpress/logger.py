@@ -3,6 +3,12 @@
 Keys: train/loss, train/accuracy, train/images_per_s, lr, epoch at every report; test/loss, test/accuracy,
 memory/peak_bytes, memory/saved_bytes after every epoch. Steps are counted over the whole run, so a resumed run goes on
 where its checkpoint stands.
+
+The log is not the truth, the record is: lines of log.jsonl that a power cut damaged are dropped, and said to be.
+
+W&B offline: every start of a run makes a folder of its own, and sending two folders of one run may lose what the first one held. So
+a resumed run's folder first gets the curves so far, from log.jsonl, and the older folders move to outputs/<run_id>/superseded.
+There is one folder to send, and it holds the whole run.
 """
 
 import importlib.util
@@ -10,31 +16,36 @@ import json
 import netrc
 import os
 import secrets
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
-from actpress.record import method_name, portable, replacing
+from actpress.record import method_name, naming, portable, replacing
 
+WANDB_FOLDERS = ("wandb", ".wandb")  # W&B takes the second where it is there
 NAMES = ("wandb", "none")
 MODES = ("auto", "online", "offline")
 
 
 class Log:
-    """Where a run's curves go. wandb: a started W&B run, or None."""
+    """Where a run's curves go. path: of log.jsonl, which is appended to. wandb: a started W&B run, or None."""
 
-    def __init__(self, path: Path, step: int, wandb: Any = None):
+    def __init__(self, path: Path, wandb: Any = None):
         self._path, self._wandb = path, wandb
-        _keep_until(path, step)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
-        """Append values, those that are not None, at global step `step`."""
+        """Append values, those that are not None, at global step `step`. Raises WriteError, a full disk for instance."""
         known = {key: value for key, value in values.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **known}) + "\n").encode()
+        with naming(self._path):
+            while line:  # a disk that fills up takes a part of it, and raises an error at the rest
+                line = line[self._file.write(line) :]
         if self._wandb:
             self._wandb.log(known, step=step)
 
@@ -48,12 +59,41 @@ class Log:
         """The run's id in W&B, to resume it with."""
         return self._wandb.id if self._wandb else None
 
+    @property
+    def whereabouts(self) -> str:
+        """What W&B holds of the run, as `whereabouts` says it."""
+        return whereabouts(_folder(self._wandb).parents[1], self.id, self.url) if self._wandb else whereabouts("", None)
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close the log; `summary` becomes the W&B run's summary."""
         self._file.close()
         if self._wandb:
             self._wandb.summary.update({"status": status, **summary})
             self._wandb.finish(exit_code=0 if status == "ok" else 1)
+
+
+def whereabouts(outputs: Path | str, wandb_id: str | None, url: str | None = None) -> str:
+    """What W&B holds of run `wandb_id`, in a few words: its address, or how to send what lies in folder `outputs`, or that it is off."""
+    if wandb_id is None:
+        return "W&B off"
+    if url:
+        return f"W&B {url}"
+    folders = [found for name in WANDB_FOLDERS for found in _offline(Path(outputs) / name, wandb_id)]
+    if not folders:
+        return "W&B offline, its folder is gone"
+    if any(folders[-1].glob("*.synced")):
+        return "W&B offline, sent since"
+    return f"W&B offline, to send it: wandb sync {shlex.quote(os.path.relpath(folders[-1]))}"
+
+
+def _offline(folder: Path, wandb_id: str) -> list[Path]:
+    """The offline folders of run `wandb_id` in W&B's folder, oldest first: their names begin with the time."""
+    return sorted(folder.glob(f"offline-run-*-{wandb_id}"))
+
+
+def _folder(wandb: Any) -> Path:
+    """The folder of a started W&B run, <outputs>/wandb/offline-run-<time>-<id> for instance."""
+    return Path(wandb.dir).parent  # wandb.dir is the folder of its files
 
 
 def check(cfg: DictConfig) -> None:
@@ -75,7 +115,24 @@ def create(cfg: DictConfig, run_id: str, path: Path, step: int = 0, wandb_id: st
     path: the log.jsonl, whose lines after `step` are dropped. wandb_id: the W&B run to go on with, None for a new one.
     """
     check(cfg)
-    return Log(path, step, _start_wandb(cfg, run_id, wandb_id) if cfg.logger.name == "wandb" else None)
+    rows = _keep_until(path, step)
+    if cfg.logger.name == "none":
+        return Log(path)
+    wandb = _start_wandb(cfg, run_id, wandb_id)
+    if wandb_id and not wandb.resumed:  # W&B goes on from nothing: it is offline, or was when the run began
+        for row in rows:
+            wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        _supersede(wandb, path.parent / "superseded")
+    return Log(path, wandb)
+
+
+def _supersede(wandb: Any, target: Path) -> None:
+    """Move older offline folders of a W&B run to folder `target`, where `wandb sync` does not look."""
+    ours = _folder(wandb)
+    for older in _offline(ours.parent, wandb.id):
+        if older != ours:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.move(older, target / older.name)
 
 
 def _start_wandb(cfg: DictConfig, run_id: str, wandb_id: str | None) -> Any:
@@ -83,6 +140,7 @@ def _start_wandb(cfg: DictConfig, run_id: str, wandb_id: str | None) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     method = method_name(cfg)
+    mode = wandb_mode(cfg.logger.mode)
     folder = Path(cfg.paths.outputs)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -95,8 +153,9 @@ def _start_wandb(cfg: DictConfig, run_id: str, wandb_id: str | None) -> Any:
             tags=[cfg.model.name, cfg.data.name, method, f"seed{cfg.seed}", *cfg.tags],
             config={"run_id": run_id, **portable(cfg)},
             dir=folder,  # W&B adds its own folder, wandb
-            mode=wandb_mode(cfg.logger.mode),
-            resume="allow" if wandb_id else None,
+            mode=mode,
+            # An offline folder holds the whole run, so it replaces what the server has.
+            resume="allow" if wandb_id and mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.Error as error:
@@ -126,12 +185,26 @@ def _in_netrc() -> bool:
     return False
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a log that lie after `step`, and a last one cut short: the run will write them again."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of a log that lie after `step`, which the run will write again, and damaged ones. Returns the rows that stay."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")  # a run that was killed may have cut its last line short
+    rows = [_row(line) for line in lines]
+    kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
+    if damaged := rows.count(None):
+        print(f"{path}: {damaged} damaged line(s) dropped; the curves have a gap, the record has none", file=sys.stderr)
     with replacing(path) as file:
-        file.writelines(line.encode() for line in whole if json.loads(line)["step"] <= step)
+        file.writelines(line + b"\n" for line, _ in kept)
+    return [row for _, row in kept]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets without end
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

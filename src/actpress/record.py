@@ -7,12 +7,14 @@ holds no path of the machine that wrote it, so that it can be committed.
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -63,19 +65,65 @@ def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return kept
 
 
+class WriteError(OSError):
+    """A file could not be written. The message, one line, names the file and the cause, such as "No space left on device"."""
+
+    def __init__(self, path: Path | str, cause: OSError):
+        super().__init__(f"{path} could not be written: {cause.strerror or cause}")
+        self.path, self.cause = path, cause
+
+    def __reduce__(self):  # OSError's own would pass the message alone when the error comes from another process
+        return type(self), (self.path, self.cause)
+
+
+class _Raw(io.FileIO):
+    """A file that remembers why it could not be written: torch.save hides that behind an error of its own."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Turn an OSError of the block into a WriteError that names `path`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, at once and on disk; if the block raises, or
-    the process dies, `path` stays as it was. Two processes must not write one path at the same time."""
+    the process dies, `path` stays as it was. Two processes must not write one path at the same time.
+
+    Raises WriteError if the file cannot be written, a full disk for instance, also where the block raised an error because of that.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _Raw(temporary, "wb")
     try:
-        with temporary.open("wb") as file:
+        with io.BufferedWriter(raw) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with naming(path):
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        if raw.failure is None or isinstance(error, WriteError):
+            raise
+        raise WriteError(path, raw.failure) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -83,6 +131,30 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_folder(key: str, folder: Path | str) -> None:
+    """Raise ValueError, naming `key` and what is in the way, unless `folder` is one that can be written to, or could be made.
+
+    Nothing is created.
+    """
+    folder = Path(folder)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ValueError(f"{key}={folder} must be a folder, but {nearest} is a file; move it away or set another {key}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={folder} must be writable, but {nearest} is read-only; set another {key}")
+
+
+def make_folder(key: str, folder: Path | str) -> None:
+    """Make `folder` and try to write to it. Raises ValueError, naming `key` and the cause, where that fails."""
+    check_folder(key, folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"{key}={folder} must be writable, but: {error.strerror}; set another {key}") from error
 
 
 def write(path: Path | str, record: dict[str, Any]) -> None:

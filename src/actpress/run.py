@@ -52,13 +52,18 @@ def files_of(cfg: DictConfig) -> Files:
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train what a composed cfg (configs/train.yaml) describes, or go on with it, and return its record.
 
-    The record's status is ok, oom (out of memory) or diverged (loss not finite). Any other exception of the training
-    itself is recorded as failed and raised again. Raises InputError, before anything is written over, for bad input.
+    The last line it prints says how the run ended, where its record is and what W&B holds.
+
+    The record's status is ok, oom (out of memory), diverged (a loss or an output in the test is not finite) or failed (a file could
+    not be written, for instance because the disk is full). Any other exception of the training itself is recorded as failed and
+    raised again. Raises InputError, before anything is written over, for bad input.
     """
     with ExitStack() as stack:
         with bad_input():
             settings.check(cfg)
             logger.check(cfg)
+            record.check_folder("paths.outputs", cfg.paths.outputs)
+            record.check_folder("paths.records", cfg.paths.records)
             device = settings.device(cfg.runtime.device)
             name, files = record.run_id(cfg), files_of(cfg)
             stack.enter_context(_alone(files.folder / "lock", name))
@@ -66,17 +71,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if cfg.resume and files.checkpoint.exists():
                 state = checkpoint.load(files.checkpoint, name, device)
                 if state["record"]:
-                    return _complete(name, files, state["record"])
+                    return _complete(cfg, name, files, state)
             trainer, about = _build(cfg, device, state)
+            _prepare(cfg, files, anew=state is None)
             log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
-        if state is None:  # or a run that is stopped before its first save would go on from the one it replaces
-            files.checkpoint.unlink(missing_ok=True)
-        OmegaConf.save(cfg, files.folder / "config.yaml", resolve=True)
         print(
             f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
             flush=True,
         )
-        return _train(name, files, trainer, about, log)
+        finished = _train(name, files, trainer, about, log)
+        print(_last_line(f"run {name} ended {finished['status']}", files, finished, log.whereabouts), flush=True)
+        return finished
 
 
 @contextmanager
@@ -111,12 +116,35 @@ def _alone(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _complete(name: str, files: Files, finished: dict[str, Any]) -> dict[str, Any]:
-    """Say that there is nothing to do. The record is left as it is, or put back where it is missing."""
-    if not files.record.exists():
+def _complete(cfg: DictConfig, name: str, files: Files, state: dict[str, Any]) -> dict[str, Any]:
+    """Say that there is nothing to do. The record is left as it is, or put back where it is missing or damaged."""
+    finished = state["record"]
+    try:
+        record.read(files.record)
+    except ValueError:  # the checkpoint holds the whole record
         record.write(files.record, finished)
-    print(f"run {name} is complete ({files.checkpoint}); results are left as they are, resume=false trains anew")
+    held = logger.whereabouts(cfg.paths.outputs, state["wandb_id"], finished["wandb_url"])
+    print(_last_line(f"run {name} is complete (resume=false trains anew)", files, finished, held), flush=True)
     return finished
+
+
+def _last_line(what: str, files: Files, finished: dict[str, Any], held: str) -> str:
+    """What a user looks for when a command is over, on one line. held: what W&B holds."""
+    accuracy = finished["metrics"]["top1_last"]
+    tested = "no test accuracy" if accuracy is None else f"test accuracy {accuracy:.2f}%"
+    return f"{what}: {tested} | record {files.record} | {held}"
+
+
+def _prepare(cfg: DictConfig, files: Files, anew: bool) -> None:
+    """See to it before training that its results can be written. anew: a checkpoint that is there is not gone on from."""
+    record.make_folder("paths.outputs", files.folder)
+    record.make_folder("paths.records", files.record.parent)
+    if files.record.is_dir():
+        raise ValueError(f"the record {files.record} must be a file, but it is a folder; move it away")
+    if anew:  # or a run that is stopped before its first save would go on from the one it replaces
+        files.checkpoint.unlink(missing_ok=True)
+    with record.replacing(files.folder / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 def _build(
@@ -174,25 +202,32 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
         if trainer.epoch < trainer.epochs:
             save()
 
-    def finish(status: str, message: str | None = None) -> dict[str, Any]:
-        metrics = trainer.metrics()
+    def ended(status: str, message: str | None = None) -> dict[str, Any]:
         finished = {"run_id": name, "status": status, "message": message, **about}
-        finished |= {"metrics": metrics, "history": trainer.history, "wandb_url": log.url}
+        finished |= {"metrics": trainer.metrics(), "history": trainer.history, "wandb_url": log.url}
         record.write(files.record, finished)
-        log.finish(status, metrics)
         return finished
 
+    finished = None
     try:
         trainer.fit(on_epoch, log.log)
+        finished = ended("ok")
+        save(finished)  # after the record: a run that dies in between repeats its last epoch
     except engine.Diverged as error:
-        return finish("diverged", str(error))
+        finished = ended("diverged", str(error))
+    except record.WriteError as error:
+        finished = ended("failed", f"{error}; the same command goes on from the last checkpoint")
     except Exception as error:
         if measure.ran_out(error):
-            return finish("oom", _one_line(error))
-        finish("failed", f"{type(error).__name__}: {_one_line(error)}")
-        raise
-    finished = finish("ok")
-    save(finished)  # after the record: a run that dies in between repeats its last epoch
+            finished = ended("oom", _one_line(error))
+        else:
+            try:
+                finished = ended("failed", f"{type(error).__name__}: {_one_line(error)}")
+            except record.WriteError as unwritten:
+                error.add_note(str(unwritten))
+            raise
+    finally:
+        log.finish(*((finished["status"], finished["metrics"]) if finished else ("interrupted", {})))
     return finished
 
 

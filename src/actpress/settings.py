@@ -1,10 +1,13 @@
 """What the recipe, runtime and seed of a composed config may hold, checked before anything is built or written."""
 
+import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import hydra
 import timm.optim
 import torch
 from omegaconf import DictConfig
@@ -34,6 +37,7 @@ def check(cfg: DictConfig) -> None:
     _number("recipe.ema", recipe.ema, above=0, below=1, optional=True)
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise ValueError(f"recipe.batch_size={recipe.batch_size} must be even with recipe.mixup or recipe.cutmix")
+    _check_method(cfg.method)
     _check_optimizer(recipe.optimizer)
     _check_schedule(recipe.schedule)
     device(runtime.device)
@@ -53,6 +57,18 @@ def device(name: str) -> torch.device:
             f"runtime.device={name}, but torch sees only {torch.cuda.device_count()} CUDA device(s), from 0"
         )
     return torch.device(name)
+
+
+def _check_method(method: DictConfig) -> None:
+    """A method's keys must be options of its class, where the config names a class; values are the class's to check."""
+    target = hydra.utils.get_object(method["_target_"])
+    if not dataclasses.is_dataclass(target):
+        return
+    allowed = sorted(field.name for field in dataclasses.fields(target) if field.init)
+    for key in method:
+        if not str(key).startswith("_") and key not in allowed:
+            shown = ", ".join(allowed) or "nothing"
+            raise ValueError(f"method.{key}: {target.__name__} has no option {key!r}, allowed: {shown}")
 
 
 def _check_optimizer(optimizer: DictConfig) -> None:
@@ -98,9 +114,11 @@ def _number(
     if value is None and optional:
         return
     kinds = int if whole else (int, float)
+    finite = not isinstance(value, float) or math.isfinite(value)
     fits = (
         isinstance(value, kinds)
         and not isinstance(value, bool)
+        and finite
         and (least is None or value >= least)
         and (above is None or value > above)
         and (below is None or value < below)
@@ -108,6 +126,5 @@ def _number(
     if not fits:
         bounds = ((">=", least), (">", above), ("<", below))
         limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
-        raise ValueError(
-            f"{key}={value} must be {'a whole number' if whole else 'a number'} {limits}{' or null' if optional else ''}"
-        )
+        kind = "a whole number" if whole else "a number" if finite else "a finite number"
+        raise ValueError(f"{key}={value} must be {kind} {limits}{' or null' if optional else ''}")

@@ -1,0 +1,68 @@
+"""How the jobs of a sweep ended, kept in files: Hydra's launchers may run jobs in other processes or on other machines.
+
+A launcher hands back what a job returned, but not all of them do so for one that failed, and one that was killed returns nothing.
+So each job writes a file when it begins, with no exit code in it, and again when it ends; the command that started the sweep reads
+them all. The folder lies under paths.outputs, which all jobs must see anyway.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from actpress.record import replacing
+
+KILLED = 1  # exit code of a job that ended without a word
+
+
+class Outcome(NamedTuple):
+    """The end of a job. number: its place in the sweep. code: as of actpress.cli, None while it runs."""
+
+    number: int
+    overrides: list[str]
+    code: int | None
+    reason: str | None
+
+
+def note(folder: Path, outcome: Outcome) -> None:
+    """Write how a job stands, over what it wrote before."""
+    with replacing(folder / f"{outcome.number}.json") as file:
+        file.write(json.dumps(outcome._asdict()).encode())
+
+
+def read(folder: Path) -> list[Outcome]:
+    """What the jobs wrote, in the order of the sweep."""
+    found = [Outcome(**json.loads(file.read_bytes())) for file in folder.glob("*.json")]
+    return sorted(found, key=lambda outcome: outcome.number)
+
+
+@contextmanager
+def collecting(outputs: Path) -> Iterator[Path]:
+    """An empty folder for the outcomes of one sweep, as an absolute path; it is removed in the end."""
+    parent = outputs.resolve() / "hydra"
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="jobs-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def summary(outcomes: list[Outcome]) -> tuple[str, int]:
+    """(one line on each job that failed, below one that counts them; the highest exit code). ("", 0) if none did.
+
+    A job is named by the overrides that not all jobs have.
+    """
+    failed = [outcome for outcome in outcomes if outcome.code != 0]
+    if not failed:
+        return "", 0
+    common = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    lines = [f"{len(failed)} of {len(outcomes)} jobs failed:"]
+    for outcome in failed:
+        what = " ".join(override for override in outcome.overrides if override not in common)
+        reason = "ended without a word: was it killed?" if outcome.code is None else outcome.reason
+        lines.append(f"  job {outcome.number}{f' ({what})' if what else ''}: {reason}")
+    return "\n".join(lines), max(KILLED if outcome.code is None else outcome.code for outcome in failed)
