@@ -206,7 +206,7 @@ def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seed
     (tmp_path / "plugins" / "hydra_plugins" / "forking.py").write_text(LAUNCHER)
     swept = [f"seed={','.join(map(str, seeds))}", "method=none,division", "method.bits=2,3"]
     python, _, *rest = command(
-        tmp_path, "recipe.epochs=1", "data.train_size=16", *swept, f"hydra/launcher={launcher}", "-m"
+        tmp_path, "recipe.epochs=1", "data.train_size=32", *swept, f"hydra/launcher={launcher}", "-m"
     )
     path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
