@@ -231,3 +231,9 @@ def test_weights_that_a_layer_computes_are_named_as_dense():
     actpress.apply(net, Division())
     (message,) = said(lambda: net(x).sum().backward())
     assert "weights computed by test_saving.Standardised" in message
+
+
+def test_a_model_of_one_layer_is_not_watched():
+    net = nn.Linear(8, 8)
+    actpress.apply(net, Division())
+    assert hooks(net) == 0

@@ -47,7 +47,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         # holding a node's output would leak the node; detach shares the version counter
-        self.tensor = tensor.detach() if tensor.requires_grad else tensor
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = _version(tensor)
 
     def unpack(self) -> Tensor:

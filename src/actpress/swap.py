@@ -201,10 +201,10 @@ def apply(
         report = dataclasses.replace(report, saving=saving.compare(model, inputs, label(method), stock_kept))
     method.attach(model)
     if where is None and report.replaced:
-        if report.saving is None:
-            saving.watch(model, label(method), worth(method))
-        else:
+        if report.saving is not None:
             report.saving.warn_below(worth(method))
+        elif next(model.children(), None) is not None:  # a model of one layer has nothing else to keep
+            saving.watch(model, label(method), worth(method))
     return report
 
 
