@@ -47,8 +47,8 @@ endef
 
 $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
-	@echo "installing the pinned versions into $(VENV): about 3 GiB to download, 6.2 GiB on disk (PyTorch with its CUDA libraries)."
-	@echo "This takes minutes, most of them without a word from pip. It happens once."
+	@echo "installing the pinned versions into $(VENV): PyTorch with its CUDA libraries, 6.2 GiB once unpacked."
+	@echo "pip downloads and unpacks without a word, for two minutes or more; this happens once."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@start=$$(date +%s); $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]' \
 		&& echo "installed in $$(($$(date +%s) - start)) s"

@@ -135,7 +135,7 @@ def install(folder: Path, pip: str) -> subprocess.CompletedProcess:
 def test_installing_says_how_much_and_how_long_before_it_starts(tmp_path):
     done = install(tmp_path / "venv", "echo pip starts")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"GiB to download.*minutes.*pip starts.*installed in \d+ s", done.stdout, flags=re.DOTALL)
+    assert re.search(r"GiB once unpacked.*minutes.*pip starts.*installed in \d+ s", done.stdout, flags=re.DOTALL)
     failed = install(tmp_path / "other", "echo no space >&2; exit 1")
     assert failed.returncode and not list((tmp_path / "other").glob(".actpress-installed"))
 
