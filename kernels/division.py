@@ -18,6 +18,9 @@ the codes are made, so every code lies in [0, 2^Q - 1] and decoding uses the ver
 rounds them afterwards, a bias, and lets a code of 2^Q spill into its neighbour). We keep the step, not its inverse, so
 a constant map needs no epsilon.
 
+A map that holds a NaN or an infinity decodes to NaN throughout, as does one whose range, or, unless lfc="auto" can leave the means out, the
+sum of one of its blocks exceeds fp32. What decodes beyond the finite range of x's dtype, 65504 in fp16, becomes its largest number.
+
 align="ceil": the last block of a row or column may be smaller and holds the mean of what it covers; pixel i belongs to block i // k.
 align="authors": the official floor mode. Whole blocks only, so the pixels past the last one are in no mean, and nearest-neighbour
 resizing spreads the means over the map, which misplaces them when k does not divide the size.
@@ -40,6 +43,7 @@ from .launch import triton
 from .layout import dense, dense_as, is_channels_last
 from .masks import unpack_mask_reference
 from .noise import Source, uniform_from, uniform_reference
+from .rounding import bf16_floor, finite, poison, saturated
 
 ALIGN = ("ceil", "authors")
 LFC = ("auto", "always")
@@ -67,6 +71,8 @@ def encode_reference(
     x: Tensor, noise: Tensor, kernel: tuple[int, int], bits: int, align: str, lfc: str = "always"
 ) -> Code:
     """x [N, C, H, W] (fp64, fp32, fp16 or bf16; contiguous or channels_last), noise fp32 of x's shape -> Code."""
+    if x.numel() == 0:
+        return Code(*(t.zero_() for t in _empty_code(x, kernel, bits, align)))
     parts = (_encode_part(*part, kernel, 2**bits - 1, align, lfc) for part in _in_parts(x, noise))
     means, codes, low, step = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Code(means, pack(codes.permute(0, 2, 3, 1) if is_channels_last(x) else codes, bits), low, step)
@@ -80,7 +86,9 @@ def _encode_part(
     means = F.avg_pool2d(x, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False).to(torch.bfloat16)
     hfc = x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align)
     if lfc == "auto" and means.shape[2:] != (1, 1):  # a single mean only shifts the map: both ways differ by rounding
-        plain = _expected_error(x, levels) < _expected_error(hfc, levels)  # [N, C, 1, 1]
+        (error, step), (without, plain_step) = _expected_error(hfc, levels), _expected_error(x, levels)  # [N, C, 1, 1]
+        plain = without * plain_step.square() < error * step.square()
+        plain |= error.isnan() & ~without.isnan()  # means that are not finite, of an x that is
         means = means.masked_fill_(plain, 0)
         hfc = x - _upsample(means.to(x.dtype), x.shape[2:], kernel, align)
     steps, low, step = _quantise(hfc, levels)
@@ -90,18 +98,21 @@ def _encode_part(
 def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """((hfc - low) / step, low, step) per map."""
     maps = hfc.contiguous()  # in channels_last order, finding a map's extremes takes a CPU ten times as long
-    low = _bf16_floor(maps.amin((2, 3), keepdim=True))
+    least, greatest = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    low = finite(bf16_floor(least + (poison(least) + poison(greatest))))
     levels = hfc.new_full((), levels)  # by a Python number, CUDA multiplies with its inverse
-    step = -_bf16_floor((low.to(hfc.dtype) - maps.amax((2, 3), keepdim=True)) / levels)
+    minus_range = low.to(hfc.dtype) - greatest
+    step = -finite(bf16_floor((minus_range + poison(minus_range)) / levels))
     inverse = torch.where(step > 0, 1 / step.to(hfc.dtype), 0)
     return (hfc - low.to(hfc.dtype)).mul_(inverse), low, step
 
 
-def _expected_error(hfc: Tensor, levels: int) -> Tensor:
-    """Expected squared error of stochastic rounding, summed over each map: step^2 f (1 - f), f the fraction that is rounded away."""
+def _expected_error(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Expected squared error of stochastic rounding, summed over each map, f (1 - f) in steps, f the fraction that is rounded away; and the
+    step."""
     steps, _, step = _quantise(hfc, levels)
     fraction = steps.frac_()
-    return fraction.sub_(fraction.square()).sum((2, 3), keepdim=True).mul_(step.to(steps.dtype).square())
+    return fraction.sub_(fraction.square()).sum((2, 3), keepdim=True), step.to(steps.dtype)
 
 
 def decode_reference(
@@ -117,6 +128,8 @@ def decode_reference(
     """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor. Zero where `mask`, packed in that
     memory's order (masks.py), is 0."""
     n, c, h, w = shape
+    if 0 in shape:
+        return _empty(shape, dtype, channels_last, code.codes.device)
     codes = unpack(code.codes, bits, n * c * h * w)
     codes = codes.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else codes.view(n, c, h, w)
     parts = _in_parts(codes, code.lfc, code.low, code.step)
@@ -129,7 +142,7 @@ def _decode_part(
 ) -> Tensor:
     compute = _compute_dtype(dtype)
     x = codes.to(compute).mul_(step.to(compute)).add_(low.to(compute))
-    return x.add_(_upsample(lfc.to(compute), x.shape[2:], kernel, align)).to(dtype)
+    return saturated(x.add_(_upsample(lfc.to(compute), x.shape[2:], kernel, align)), dtype)
 
 
 def _in_parts(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -155,13 +168,6 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _bf16_floor(x: Tensor) -> Tensor:
-    """The largest bf16 not above x."""
-    bits = x.float().view(torch.int32)
-    bits = torch.where(bits < 0, bits + 0xFFFF, bits)  # negative: away from zero
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
 def encode_triton(
     x: Tensor,
     seed: Tensor,
@@ -178,12 +184,12 @@ def encode_triton(
     blocks of more than 16 rows and align="authors", where means take one read more. Of up to L2 bytes only the first counts.
 
     Differs in the order of sums: a mean may round to a neighbouring bf16, and lfc="auto" may choose the other way for a map whose
-    errors agree to about 1e-5. Maps of the same means and the same choice have the same low, step and codes, bit for bit. A map with a
-    block whose mean is not finite is NaN throughout, as in the reference if x is not finite; where only its sum overflowed, or with
-    align="authors" x outside of all blocks is infinite, the reference has an infinite step, which decodes to NaN as well.
+    errors agree to about 1e-5. Maps of the same means and the same choice have the same low, step and codes, bit for bit.
     """
     x = dense(x)
     code = _empty_code(x, kernel, bits, align)
+    if x.numel() == 0:
+        return Code(*(t.zero_() for t in code))
     means, low, step = (t.view(torch.int16) for t in (code.lfc, code.low, code.step))
     inverse = torch.empty(low.shape, dtype=torch.float32, device=x.device)
     way = _way(x, kernel, bits, align, lfc, config)
@@ -240,6 +246,8 @@ def decode_triton(
 ) -> Tensor:
     """`decode_reference` in one pass; equal bit for bit."""
     x = _empty(shape, dtype, channels_last, code.codes.device)
+    if x.numel() == 0:
+        return x
     means = dense_as(code.lfc, channels_last).view(torch.int16)
     plan, outers = shape_of(shape, is_channels_last(x), kernel, bits, align)
     lanes = 16 // x.itemsize

@@ -7,7 +7,7 @@ A tile is [maps, blocks, columns of a block], one for each row of a block, so th
 """
 
 from .launch import tl, triton
-from .rounding import bf16_floor_bits, bf16_nearest_bits, bf16_value
+from .rounding import bf16_floor_bits, bf16_nearest_bits, bf16_value, finite_bits
 
 
 @triton.jit
@@ -145,10 +145,13 @@ def scan(x_ptr, lfc_ptr, first, last, maps, P: tl.constexpr):
 
 @triton.jit
 def scale_of(least, greatest, P: tl.constexpr):
-    """From minus the least and the greatest: (bits of low, of step, what differences are multiplied with). NaN if these are infinite."""
+    """From minus the least and the greatest: (bits of low, of step, what differences are multiplied with). NaN if these, or the range,
+    are infinite."""
     zero = (least - least) + (greatest - greatest)
-    low = bf16_floor_bits(zero - least)
-    step = bf16_floor_bits(tl.div_rn(bf16_value(low) - greatest, 2.0**P.bits - 1)) ^ -0x8000  # its negative
+    low = finite_bits(bf16_floor_bits(zero - least))
+    minus_range = bf16_value(low) - greatest
+    minus_range += minus_range - minus_range
+    step = finite_bits(bf16_floor_bits(tl.div_rn(minus_range, 2.0**P.bits - 1))) ^ -0x8000  # its negative
     return low, step, tl.where(bf16_value(step) > 0, tl.div_rn(1.0, bf16_value(step)), 0.0)
 
 
@@ -201,6 +204,7 @@ def better(with_means, without, rest, plain):
     """Of two scales that with the lesser error: (which maps are plain, their scales). Errors are in steps squared."""
     rest_step, plain_step = bf16_value(rest[1]), bf16_value(plain[1])
     is_plain = without * (plain_step * plain_step) < with_means * (rest_step * rest_step)
+    is_plain |= (with_means != with_means) & (without == without)  # means that are not finite, of an x that is
     low, step = tl.where(is_plain, plain[0], rest[0]), tl.where(is_plain, plain[1], rest[1])
     return is_plain, (low, step, tl.where(is_plain, plain[2], rest[2]))
 

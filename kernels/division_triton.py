@@ -20,7 +20,7 @@ from .division_tiles import (
 )
 from .launch import tl, triton
 from .noise import uniform8
-from .rounding import bf16_value
+from .rounding import bf16_value, saturate
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def decode_kernel(lfc_ptr, codes_ptr, low_ptr, step_ptr, mask_ptr, x_ptr, outers
     mean, low, step = _parameters(pointers, at, limit, P, LANES)
     at = at if P.whole else first
     codes = _unpack(codes_ptr + base // 8 * P.bits, at, limit, P.bits, LANES, P.whole)
-    x = codes.to(tl.float32) * step + low + mean
+    x = saturate(codes.to(tl.float32) * step + low + mean, x_ptr.dtype.element_ty)
     if mask_ptr is not None:
         x = tl.where(_unpack(mask_ptr + base // 8, at, limit, 1, LANES, P.whole) != 0, x, 0.0)
     element = first[:, None] + tl.arange(0, LANES)[None, :]

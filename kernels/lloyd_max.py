@@ -8,7 +8,8 @@ The levels minimise the expected squared error of the nearest one for a standard
 (Lloyd-Max). They end at .80, 1.51 and 2.73 deviations with 1, 2 and 4 bits: stochastic rounding is unbiased between the outermost levels,
 and takes what lies beyond for the outermost level.
 
-Bits per element: Q + 64 / (N * H * W). Q is log2(len(levels)). A channel that holds a NaN or an infinity decodes to NaN throughout.
+Bits per element: Q + 64 / (N * H * W). Q is log2(len(levels)). A channel that holds a NaN or an infinity decodes to NaN throughout. What
+decodes beyond the finite range of x's dtype, 65504 in fp16, becomes its largest number.
 
 Sources: Max, "Quantizing for minimum distortion", 1960; Lloyd, "Least squares quantization in PCM", 1982. A study in plain PyTorch: slow,
 no kernel.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .bits import pack, packed_bytes, unpack
 from .layout import is_channels_last
+from .rounding import poison, saturated
 
 BITS = (1, 2, 4)
 Levels = tuple[float, ...]  # 2^Q, ascending
@@ -70,6 +72,7 @@ def encode_reference(x_NCHW: Tensor, noise: Tensor | None, levels: Levels) -> Co
     """x (fp64, fp32, fp16 or bf16), noise uniform in [0, 1) of x's shape, or None for the nearest -> Code."""
     x = x_NCHW.to(_compute_dtype(x_NCHW.dtype))
     deviation, mean = (t.float() for t in torch.std_mean(x, (0, 2, 3), correction=0))
+    deviation += poison(deviation)
     inverse = torch.where(deviation > 0, 1 / deviation.to(x.dtype), deviation.to(x.dtype))  # 0, and NaN, stay
     z = (x - _per_channel(mean, x.dtype)) * inverse.view(-1, 1, 1)
     if noise is None:
@@ -90,7 +93,7 @@ def decode_reference(code: Code, shape: torch.Size, dtype: torch.dtype, channels
     table = torch.tensor(levels, dtype=compute, device=code.codes.device)
     z = table[unpack(code.codes, _bits(levels), math.prod(shape)).int()]
     z = z.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else z.view(n, c, h, w)
-    return z.mul_(_per_channel(code.deviation, compute)).add_(_per_channel(code.mean, compute)).to(dtype)
+    return saturated(z.mul_(_per_channel(code.deviation, compute)).add_(_per_channel(code.mean, compute)), dtype)
 
 
 def _bits(levels: Levels) -> int:

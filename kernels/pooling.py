@@ -30,6 +30,8 @@ ALIGN = ("ceil", "authors")
 
 def pool_reference(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """x [N, C, H, W] -> block means [N, C, h, w] in x's dtype and memory format."""
+    if x_NCHW.numel() == 0:
+        return _pooled_like(x_NCHW, block, align)
     kernel = tuple(min(block, size) for size in x_NCHW.shape[2:])
     return F.avg_pool2d(x_NCHW, kernel, kernel, ceil_mode=align == "ceil", count_include_pad=False)
 
@@ -39,7 +41,7 @@ def upsample_reference(pooled_NCHW: Tensor, size: tuple[int, int], block: int, a
     out, before = pooled_NCHW, [0, 0]
     for axis in (3, 2):  # columns first, while there are few rows
         length = size[axis - 2]
-        side = min(block, length)
+        side = max(min(block, length), 1)
         out = out.repeat_interleave(side, axis)  # several times as fast on a CPU as an index per pixel
         before[axis - 2] = length % side if align == "authors" else 0
         if out.shape[axis] + before[axis - 2] > length:
@@ -62,6 +64,8 @@ def conv2d_weight_grad_reference(
     align: str,
 ) -> Tensor:
     """dW [O, I / groups, kh, kw] against x~ of `size` (H, W), in dy's dtype. Half types are summed in fp32."""
+    if 0 in (pooled_NIhw.numel(), dy_NOPQ.numel()):
+        return dy_NOPQ.new_zeros(weight_shape)
     compute = dy_NOPQ.dtype if dy_NOPQ.dtype == torch.float64 else torch.float32
     pooled, dy = pooled_NIhw.to(compute), dy_NOPQ.to(compute)
     n, out_channels = dy.shape[:2]
@@ -189,6 +193,8 @@ def pool_triton(x_NCHW: Tensor, block: int, align: str, config: launch.Config = 
     and round the quotient once to x's dtype, so half types differ by at most that rounding, and rarely."""
     x = dense(x_NCHW)
     y = _pooled_like(x, block, align)
+    if x.numel() == 0:
+        return y
     rows, columns = (min(block, size) for size in x.shape[2:])
     inner = x.shape[1] if is_channels_last(x) else 1
     side = triton.next_power_of_2(columns) if inner == 1 else 1
@@ -218,7 +224,7 @@ def pool_triton(x_NCHW: Tensor, block: int, align: str, config: launch.Config = 
 
 def _pooled_like(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """Empty block means of x, in its memory format."""
-    sides = [(length, min(block, length)) for length in x_NCHW.shape[2:]]
+    sides = [(length, max(min(block, length), 1)) for length in x_NCHW.shape[2:]]
     sizes = [length // side if align == "authors" else triton.cdiv(length, side) for length, side in sides]
     memory_format = torch.channels_last if is_channels_last(x_NCHW) else torch.contiguous_format
     shape = (*x_NCHW.shape[:2], *sizes)
@@ -245,6 +251,8 @@ def pool(x_NCHW: Tensor, block: int, align: str) -> Tensor:
 
 def pool_max(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """The greatest value of each block in place of its mean; no kernel."""
+    if x_NCHW.numel() == 0:
+        return _pooled_like(x_NCHW, block, align)
     kernel = tuple(min(block, size) for size in x_NCHW.shape[2:])
     return F.max_pool2d(x_NCHW, kernel, kernel, ceil_mode=align == "ceil")
 

@@ -12,7 +12,8 @@ alone: a fixed byte count, and nothing here waits for the device.
 
 "topk" keeps the highest scores as they are: biased towards small norms. "sample" is unbiased: block b is kept with probability
 p_b = min(1, c * score_b), c such that sum p_b = K, and its values are divided by p_b. Systematic sampling draws exactly K: with
-the p_b laid end to end on [0, K], the blocks hit by u, u + 1, ..., u + K - 1 are kept, u uniform in [0, 1).
+the p_b laid end to end on [0, K], the blocks hit by u, u + 1, ..., u + K - 1 are kept, u uniform in [0, 1). Values that
+would leave their dtype's finite range, 65504 in fp16, become its largest number.
 
 Bytes: K * (bh * bw * itemsize + 4). The int32 positions cost 4 / (bh * bw * itemsize) on top, 1.56% for 8x8 in fp32.
 
@@ -25,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .rounding import saturated
 
 SELECT = ("topk", "sample")
 CHUNK = 2**20  # elements of the temporaries of weight_grad_reference; a single group of blocks may need more
@@ -57,14 +60,15 @@ class Blocks(NamedTuple):
 
 
 def block_grid(shape: torch.Size, block: tuple[int, int]) -> Grid:
-    """The grid of a tensor [..., C], not empty, seen as a matrix [R, C]."""
+    """The grid of a tensor [..., C] seen as a matrix [R, C]; of an empty one it has no blocks."""
     rows, columns = shape[:-1].numel(), shape[-1]
-    return Grid(rows, columns, min(block[0], rows), min(block[1], columns))
+    return Grid(rows, columns, max(min(block[0], rows), 1), max(min(block[1], columns), 1))
 
 
 def kept_blocks(grid: Grid, sparsity: float) -> int:
-    """K: the nearest integer to (1 - sparsity) * n, at least 1."""
-    return max(1, int((1 - sparsity) * (grid.down * grid.across) + 0.5))
+    """K: the nearest integer to (1 - sparsity) * n, at least 1 where there is a block."""
+    blocks = grid.down * grid.across
+    return min(max(1, int((1 - sparsity) * blocks + 0.5)), blocks)
 
 
 def code_bytes(grid: Grid, sparsity: float, itemsize: int) -> int:
@@ -155,6 +159,8 @@ def weight_grad_reference(blocks: Blocks, dy_RO: Tensor, grid: Grid) -> Tensor:
     """
     (kept, height, width), outputs = blocks.values.shape, dy_RO.shape[1]
     device, dtype = dy_RO.device, compute_dtype(dy_RO.dtype)
+    if kept == 0 or outputs == 0:
+        return dy_RO.new_zeros(outputs, grid.columns, dtype=dtype)
     group = max(1, kept // (8 * grid.across))
     groups = (kept + grid.across * (group - 1)) // group  # the most there can be; some may stay empty
     index = blocks.index.long()
@@ -193,7 +199,10 @@ def _cut(x_RC: Tensor, grid: Grid) -> Tensor:
 def _take(blocks: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
     """The blocks of [down, bh, across, bw] at int64 positions [K], times weight [K] -> [K, bh, bw]."""
     taken = blocks.transpose(1, 2)[index // blocks.shape[2], index % blocks.shape[2]]
-    return taken if weight is None else (taken * weight[:, None, None]).to(taken.dtype)
+    if weight is None:
+        return taken
+    product = taken * weight[:, None, None]
+    return torch.where(taken.isfinite(), saturated(product.clone(), taken.dtype), product.to(taken.dtype))
 
 
 def _scores(blocks: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ def weight_grad_triton(
 
     Reads nothing on the host. A dy whose last dimension is not contiguous is copied; mixed dtypes are cast to fp32.
     """
+    if 0 in (values.numel(), dy.numel()):
+        return dy.new_zeros(dy.shape[-1], columns, dtype=torch.float32)
     if values.dtype != dy.dtype:
         values, dy = values.float(), dy.float()
     exact = _exact(dy.dtype)
@@ -258,11 +260,11 @@ def weight_grad(blocks: Blocks, dy: Tensor, grid: Grid) -> Tensor:
     """dW = dY^T x~ [O, C] from the kept blocks and dy [..., O] of any strides. fp32 sums and result, fp64 for fp64."""
     if launch.on_gpu(blocks.values):
         return _weight_grad(*blocks, dy, grid.columns)
-    return weight_grad_reference(blocks, dy.reshape(-1, dy.shape[-1]), grid)
+    return weight_grad_reference(blocks, dy.reshape(dy.shape[:-1].numel(), dy.shape[-1]), grid)
 
 
 def _as_matrix(values: Tensor, dy: Tensor, columns: int) -> tuple[Tensor, Grid]:
-    return dy.reshape(-1, dy.shape[-1]), Grid(dy.shape[:-1].numel(), columns, *values.shape[1:])
+    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1]), Grid(dy.shape[:-1].numel(), columns, *values.shape[1:])
 
 
 def cases() -> list[launch.Case]:

@@ -25,6 +25,7 @@ from .pruning import (
     select_reference,
     take_reference,
 )
+from .rounding import saturate
 
 # TILE: elements of a program.
 SCORES_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 4096, "num_warps": 4}, {"TILE": 8192, "num_warps": 8})
@@ -129,7 +130,8 @@ def _take_kernel(
                 other=0.0,
             )
             if weight_ptr is not None:
-                x = x.to(tl.float32) * weight[:, None, None]
+                weighted = x.to(tl.float32) * weight[:, None, None]
+                x = tl.where(x - x == 0, saturate(weighted, x_ptr.dtype.element_ty), weighted)
             tl.store(values_ptr + h[None, :, None] * WIDTH + w[None, None, :], x, mask=in_block)
 
 
@@ -271,6 +273,8 @@ def encode_by_kernels(
     4 and 8 times over key and position: some 120 bytes a block and 260 a kept one, 170 a block at 80%, where an 8x8 block of fp32 is 256.
     A sample sorts n fp64 numbers and runs about 45 operations, most of them on all n: some 800 bytes a block.
     """
+    if x.numel() == 0:
+        return x.new_empty(0, height, width), x.new_empty(0, dtype=torch.int32)
     grid = Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
     index, weight = select_reference(block_scores_triton(x, grid), kept, noise)
     index = index.to(torch.int32)
@@ -294,6 +298,8 @@ def decode_triton(
     """
     grid = Grid(rows, columns, *values.shape[1:])
     x = values.new_empty(rows, columns)
+    if x.numel() == 0:
+        return x
     tiles = _tiling(grid, config["TILE"])
     launch.run(
         _decode_kernel,
@@ -345,7 +351,7 @@ def encode(x: Tensor, grid: Grid, kept: int, noise: Tensor | None = None) -> Blo
     """
     if launch.on_gpu(x):
         return Blocks(*_encode(x, grid.height, grid.width, kept, noise))
-    return encode_reference(x.reshape(-1, x.shape[-1]), grid, kept, noise)
+    return encode_reference(x.reshape(grid.rows, grid.columns), grid, kept, noise)
 
 
 def decode(blocks: Blocks, grid: Grid) -> Tensor:
@@ -354,7 +360,7 @@ def decode(blocks: Blocks, grid: Grid) -> Tensor:
 
 
 def _as_matrix(x: Tensor, height: int, width: int) -> tuple[Tensor, Grid]:
-    return x.reshape(-1, x.shape[-1]), Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]), Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
 
 
 def random_blocks(grid: Grid, sparsity: float, dtype: torch.dtype, device: str) -> Blocks:

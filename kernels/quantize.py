@@ -14,7 +14,7 @@ moving averages; ours are each tensor's own.
 How x is cut into groups: kernels/groups.py.
 
 A group that holds a NaN or an infinity decodes to NaN throughout, as does one whose range exceeds fp32. Ranges whose step is below 2^-126
-count as constant.
+count as constant. What decodes beyond the finite range of x's dtype, 65504 in fp16, becomes its largest number.
 """
 
 import math
@@ -33,7 +33,7 @@ from .groups import GROUPINGS, LARGEST, Cut, cut
 from .launch import triton
 from .layout import dense, dense_as, is_channels_last
 from .noise import Source, uniform_from, uniform_reference
-from .rounding import bf16_ceil, bf16_floor
+from .rounding import bf16_ceil, bf16_floor, finite, poison, saturated
 
 _PART = 8192  # elements of the parts in which larger ones are measured
 _LEAST_STEP = 2.0**-126  # the inverse of a smaller one may not be finite
@@ -59,10 +59,10 @@ def encode_reference(x: Tensor, noise: Tensor | None, grouping: str, size: int, 
     values = _grouped(_in_memory_order(x, channels_last).to(_compute_dtype(x.dtype)), where)
     by_group = values.transpose(2, 3).contiguous()  # neighbours in memory: several times as fast on a CPU
     low, high = (extreme.unsqueeze(2) for extreme in (by_group.amin(3), by_group.amax(3)))
-    poison = (low - low) + (high - high)  # 0; NaN where an element is not finite. Added to -0 it makes 0.
-    low = bf16_floor(low + poison)
+    low = finite(bf16_floor(low + (poison(low) + poison(high))))
     steps_of_range = torch.full_like(high, levels)  # a tensor: by a number, CUDA multiplies with the number's inverse
-    step = bf16_ceil((high + poison - low) / steps_of_range)
+    size_of_range = high - low.to(values.dtype)
+    step = finite(bf16_ceil((size_of_range + poison(size_of_range)) / steps_of_range))
     inverse = torch.where(step >= _LEAST_STEP, 1 / step.to(values.dtype), 0)
     steps = _ungrouped((values - low).mul_(inverse), where)
     steps += 0.5 if noise is None else _in_memory_order(noise, channels_last)
@@ -78,7 +78,7 @@ def decode_reference(
     compute = _compute_dtype(dtype)
     values = _grouped(unpack(code.codes, bits, math.prod(shape)).to(compute), where)
     low, step = (t.to(compute).view(where.rows, where.per_channel, 1, where.channels) for t in (code.low, code.step))
-    x = _ungrouped(values.mul_(step).add_(low), where).to(dtype)
+    x = _ungrouped(saturated(values.mul_(step).add_(low), dtype), where)
     if channels_last:
         n, c, h, w = shape
         return x.view(n, h, w, c).permute(0, 3, 1, 2)

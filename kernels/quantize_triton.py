@@ -7,7 +7,7 @@ their codes fill whole bytes. low and step are bf16, passed as int16.
 from .bits import pack8, unpack8
 from .launch import tl, triton
 from .noise import uniform8
-from .rounding import bf16_ceil_bits, bf16_floor_bits, bf16_value
+from .rounding import bf16_ceil_bits, bf16_floor_bits, bf16_value, finite_bits, saturate
 
 
 @triton.jit
@@ -15,8 +15,9 @@ def _statistics(low, high, zero, axis: tl.constexpr, BITS: tl.constexpr):
     """Of groups along `axis`: int16 bits of low and step. low and high: the elements, NaN where there is none; zero: 0, or NaN for
     an element that is not finite."""
     poison = tl.sum(zero, axis)
-    low = bf16_floor_bits(tl.min(low, axis) + poison)
-    step = bf16_ceil_bits(tl.div_rn(tl.max(high, axis) + poison - bf16_value(low), 2.0**BITS - 1))
+    low = finite_bits(bf16_floor_bits(tl.min(low, axis) + poison))
+    size = tl.max(high, axis) + poison - bf16_value(low)
+    step = finite_bits(bf16_ceil_bits(tl.div_rn(size + (size - size), 2.0**BITS - 1)))
     return low, step
 
 
@@ -283,7 +284,7 @@ def decode_kernel(
     there = first * 8 + own < count
     step = bf16_value(tl.load(step_ptr + group, mask=there, other=0))[:, :, None]
     low = bf16_value(tl.load(low_ptr + group, mask=there, other=0))[:, :, None]
-    x = tl.reshape(codes, [EIGHTS, 8 // SHARE, SHARE]) * step + low
+    x = saturate(tl.reshape(codes, [EIGHTS, 8 // SHARE, SHARE]) * step + low, x_ptr.dtype.element_ty)
     element = (first + local)[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(x_ptr + element, tl.reshape(x, [EIGHTS, 8]), mask=element < count)
 
@@ -317,7 +318,7 @@ def decode_maps_kernel(
     there = channel < channels
     low = bf16_value(tl.load(low_ptr + row * channels + channel, mask=there, other=0))[None, :]
     step = bf16_value(tl.load(step_ptr + row * channels + channel, mask=there, other=0))[None, :]
-    x = tl.reshape(codes, [PIXELS, CHANNELS]) * step + low
+    x = saturate(tl.reshape(codes, [PIXELS, CHANNELS]) * step + low, x_ptr.dtype.element_ty)
     pixel = p + tl.arange(0, PIXELS)[:, None]
     at = (row * pixels + pixel) * channels + channel[None, :]
     tl.store(x_ptr + at, x, mask=(pixel < pixels) & there[None, :])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actpress.codec import Context, Like
-from actpress.kernels.division import _bf16_floor, code_bytes, decode_reference, encode_reference
+from actpress.kernels.division import code_bytes, decode_reference, encode_reference
 from actpress.methods.division import DivisionCodec
 
 SHAPES = [(1, 1, 1, 2), (2, 3, 7, 7), (1, 5, 28, 28), (3, 2, 14, 9), (2, 4, 8, 8), (1, 2, 33, 65)]
@@ -109,11 +109,46 @@ def test_aligned_blocks_follow_smooth_maps_better_than_the_official_floor_mode()
     assert error["ceil"] < error["authors"]
 
 
-def test_bf16_floor_is_the_largest_value_not_above():
-    x = torch.randn(10000) * torch.logspace(-20, 20, 10000)
-    floor = _bf16_floor(x).float()
-    above = torch.nextafter(_bf16_floor(x), torch.tensor(torch.inf, dtype=torch.bfloat16)).float()
-    assert (floor <= x).all() and (above > x).all()
+TOPS = [torch.finfo(dtype).max * part for dtype in (torch.float16, torch.bfloat16) for part in (1, 0.999, 0.95, 0.5)]
+
+
+@pytest.mark.parametrize("lfc", ["auto", "always"])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("top", [t for t in TOPS if t < 1e6])
+def test_halves_near_the_end_of_their_range_decode_to_finite_numbers(top, bits, lfc):
+    x = (torch.rand(2, 3, 24, 24) * 2 - 1).mul(top).half()
+    x[:, 0], x[:, 1, 0], x[..., -1, -1] = top, -top, 0
+    for align in ("ceil", "authors"):
+        code, decoded = code_and_decode(x, torch.rand(x.shape), bits, align, lfc=lfc)
+        assert decoded.isfinite().all() and decoded.dtype == torch.float16
+        # a step, and rounding to fp16
+        assert ((decoded.float() - x.float()).abs() <= code.step.float() * 1.001 + 32).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_maps_whose_block_sums_overflow_are_coded_without_means(dtype, bits):
+    """With lfc="auto"; with "always" they are NaN, and so is what fp32 cannot hold the range of."""
+    x = (torch.rand(2, 3, 24, 24) * torch.finfo(torch.bfloat16).max).to(dtype)
+    x[0, 1] *= -1
+    code, decoded = code_and_decode(x, torch.rand(x.shape), bits, lfc="auto")
+    assert decoded.isfinite().all() and (code.lfc == 0).all()
+    # of a number of bf16, up to 2^-8 of rounding
+    assert ((decoded.double() - x.double()).abs() <= code.step.double() * 1.001 + 2**-8 * x.double().abs()).all()
+    assert code_and_decode(x, torch.rand(x.shape), bits, lfc="always")[1].isnan().all()
+    x[..., :2, :2], x[..., 5, 5] = x.abs().amax(), -x.abs().amax()
+    assert code_and_decode(x, torch.rand(x.shape), bits, lfc="auto")[1].isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("align", ["ceil", "authors"])
+@pytest.mark.parametrize("lfc", ["auto", "always"])
+def test_a_map_that_holds_what_is_not_finite_decodes_to_nan(lfc, align, dtype, value):
+    x = torch.randn(1, 4, 12, 20).to(dtype)
+    x[0, 1, 0, 0] = x[0, 3, 11, 19] = value  # authors: the last pixel is in no block
+    _, decoded = code_and_decode(x, torch.rand(x.shape), 2, align, lfc=lfc)
+    assert decoded[:, [1, 3]].isnan().all() and decoded[:, [0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 14, 14), (2, 8, 28, 28), (2, 8, 9, 13)], ids=str)

@@ -96,3 +96,16 @@ def test_constant_channels_are_exact_and_what_is_not_finite_spoils_its_channel_a
     _, decoded = code_and_decode(x, torch.rand(x.shape), 2)
     assert torch.equal(decoded[:, 0], x[:, 0])
     assert decoded[:, 1:3].isnan().all() and decoded[:, 3].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_end_of_fp16_decodes_to_finite_numbers_and_what_is_not_finite_to_nan(bits):
+    for top in (65504.0, 65000.0, 60000.0):
+        x = torch.where(torch.rand(4, 3, 9, 9) < 0.02, top, 0.0).half()  # few outliers: the outermost level lies beyond
+        x[:, 1] = torch.where(torch.rand(4, 9, 9) < 0.5, -top, top)
+        _, decoded = code_and_decode(x, torch.rand(x.shape), bits)
+        assert decoded.dtype == torch.float16 and decoded.isfinite().all()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[2, 0, 3, 3] = value
+        _, decoded = code_and_decode(x, torch.rand(x.shape), bits)
+        assert decoded[:, 0].isnan().all() and decoded[:, 1:].isfinite().all()

@@ -19,6 +19,7 @@ from actpress.kernels.pruning import (
     inclusion_reference,
     kept_blocks,
     sample_reference,
+    take_reference,
     topk_reference,
     weight_grad_reference,
 )
@@ -286,6 +287,18 @@ def test_what_is_not_finite_shows_in_the_gradient(value, select, sparsity):
         noise = torch.tensor([seed / 20]) if select == "sample" else None
         blocks, grid = encoded(x, (4, 4), sparsity, noise)
         assert not weight_grad_reference(blocks, torch.ones(20, 2), grid).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_samples_stay_in_the_finite_range_of_their_dtype(dtype):
+    """One block in ten is kept, times about ten: more than the dtype holds. fp32 just holds the sum over a block."""
+    x = torch.full((40, 40), torch.finfo(dtype).max / 4.1, dtype=dtype)
+    x[:4] *= -1
+    blocks, grid = encoded(x, (1, 4), 0.9, torch.tensor([0.3]))
+    assert (blocks.values.abs() == torch.finfo(dtype).max).all()
+    assert ((decode_reference(blocks, grid) == 0) | (decode_reference(blocks, grid).sign() == x.sign())).all()
+    taken = take_reference(x, grid, torch.tensor([3]), torch.tensor([2.0]))
+    assert torch.equal(taken, 2 * x[None, :1, 12:16])
 
 
 @pytest.mark.parametrize("select", ["topk", "sample"])

@@ -225,3 +225,39 @@ def test_refuses(options, message):
     with pytest.raises(ValueError) as error:
         quantize.encode(torch.randn(4, 4), None, **options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("grouping", "size"), KINDS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sign", [1, -1], ids=["up", "down"])
+def test_the_end_of_a_dtype_decodes_to_finite_numbers(grouping, size, bits, dtype, sign):
+    """What is decoded past it, since a step is rounded up, is its largest number."""
+    for part in (1, 0.999, 0.95):
+        top = torch.finfo(dtype).max * part
+        x = (torch.rand(2, 3, 7, 9) * sign * top).to(dtype)
+        x[..., 0, 0], x[..., -1, -1] = sign * top, 0
+        code, decoded = code_and_decode(x, torch.rand(x.shape), grouping, size, bits)
+        assert decoded.isfinite().all()
+        # a step, the bounds that bf16 cuts off, and rounding of x~
+        error = (decoded.double() - x.double()).abs()
+        step = steps_like(x, code, grouping, size).double().abs()  # below 0 where bf16 cannot hold the only number
+        assert (error <= 1.01 * step + 2**-7 * x.double().abs()).all()
+
+
+@pytest.mark.parametrize(("grouping", "size"), KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_groups_with_what_fp32_cannot_hold_decode_to_nan(grouping, size, value):
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    x[1, 2, 3, 4] = value
+    _, decoded = code_and_decode(x, torch.rand(x.shape), grouping, size, 2)
+    for group in groups_of(x, grouping, size):
+        held = x.view(-1)[group].float().isfinite().all()
+        assert decoded.view(-1)[group].isfinite().all() if held else decoded.view(-1)[group].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_a_range_that_exceeds_fp32_decodes_to_nan(bits):
+    x = torch.tensor([[3e38, -3e38, 0.0, 1.0], [3e38, 0.0, 1.0, 2.0]])
+    _, decoded = code_and_decode(x, torch.rand(x.shape), "sample", 256, bits)
+    assert decoded[0].isnan().all() and decoded[1].isfinite().all()

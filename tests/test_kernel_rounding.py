@@ -12,8 +12,13 @@ from actpress.kernels.rounding import (
     bf16_floor_bits,
     bf16_nearest_bits,
     bf16_value,
+    finite,
+    finite_bits,
+    poison,
+    saturate,
+    saturated,
 )
-from devices import DEVICES
+from devices import BACKENDS, DEVICES, assert_same
 
 SPECIAL = [
     0.0,
@@ -59,6 +64,54 @@ def test_what_bf16_holds_stays(function):
 def test_beyond_the_largest():
     x = torch.tensor([3.4e38, -3.4e38])
     assert bf16_floor(x).tolist() == [LARGEST, -torch.inf] and bf16_ceil(x).tolist() == [torch.inf, -LARGEST]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_saturated_is_the_cast_within_the_finite_range_of_a_dtype(dtype):
+    x, largest = numbers().double(), torch.finfo(dtype).max
+    ours = saturated(x.clone(), dtype)
+    inside = x.abs() <= largest
+    assert ours.dtype == dtype and torch.equal(ours[inside], x[inside].to(dtype))
+    assert torch.equal(ours.isnan(), x.isnan())
+    beyond = x.abs() > largest
+    assert torch.equal(ours[beyond].double(), x[beyond].sign() * largest)
+
+
+def test_poison_is_nan_where_fp32_holds_no_finite_number():
+    x = torch.cat([numbers().double(), torch.tensor([1e39, -1e300], dtype=torch.float64)])
+    expected = torch.zeros(x.shape).masked_fill(~x.float().isfinite(), torch.nan)
+    assert_same("poison", poison(x), expected)
+
+
+@triton.jit
+def _saturate_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(y_ptr + at, saturate(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+def test_kernels_saturate_alike(device, dtype):
+    x = torch.cat([numbers(), torch.randn(79)]).to(device)
+    y = torch.empty(x.shape, dtype=dtype, device=device)
+    launch.run(_saturate_kernel, (1,), x, y, COUNT=x.numel())
+    assert_same("saturated", y, saturated(x.clone(), dtype))
+
+
+@triton.jit
+def _finite_kernel(bits_ptr, finite_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(finite_ptr + at, finite_bits(tl.load(bits_ptr + at)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_finite_bits_change_infinities_alone(device):
+    bits = torch.arange(-(2**15), 2**15, device=device).to(torch.int16)
+    out = torch.empty_like(bits)
+    launch.run(_finite_kernel, (1,), bits, out, COUNT=bits.numel())
+    x = bits.view(torch.bfloat16)
+    expected = torch.where(x == torch.inf, LARGEST, torch.where(x == -torch.inf, -LARGEST, x.float()))
+    assert_same("finite", finite(x), expected.to(torch.bfloat16))
+    assert torch.equal(out, finite(x).view(torch.int16))  # NaN too
 
 
 @triton.jit

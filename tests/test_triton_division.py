@@ -163,6 +163,31 @@ def test_what_is_not_finite_stays_in_its_map(align, lfc, channels_last, device, 
     assert decoded.isnan().flatten(2).all(2).sum() == decoded.isnan().flatten(2).any(2).sum() == 5
 
 
+@pytest.mark.parametrize("lfc", division.LFC)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+def test_the_end_of_a_dtype(bits, channels_last, lfc, device, dtype):
+    """Maps up to its largest number, of either sign and of both, of which fp32 cannot sum some blocks: what is decoded, and what is NaN."""
+    top = torch.finfo(dtype).max
+    x = (torch.rand(1, 16, 12, 20, device=device) * top / (64 if dtype == torch.float32 else 1)).to(dtype)
+    x[:, 3::4] *= -1
+    x[:, 2, :6] *= -0.4
+    x[:, 0, 0, 0], x[:, 3, 0, 0], x[:, 4] = top, -top, top
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    ours, reference = both(x, (8, 8), bits, "ceil", lfc)
+    how = (x.shape, dtype, channels_last, (8, 8), bits, "ceil")
+    for code in (ours, reference):  # means of any values may round differently, so each code is decoded both ways
+        assert_same("x~", division.decode_triton(code, *how), division.decode_reference(code, *how))
+    decoded = division.decode_triton(ours, *how)
+    finite = dtype == torch.float16 or lfc == "auto"
+    assert decoded.isfinite().all() or not finite
+    assert_same("what is NaN", decoded.isnan(), division.decode_reference(reference, *how).isnan())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_noise_comes_from_the_seed(device):
     x = torch.rand(1, 2, 16, 16, device=device)

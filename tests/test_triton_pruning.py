@@ -122,6 +122,20 @@ def test_take(device, dtype, config):
             assert_same(f"blocks of {block}", ours, take_reference(x, grid, index, w))
 
 
+@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy: inf - inf
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_take_beyond_the_end_of_a_dtype(device, dtype):
+    x = torch.randn(20, 30, device=device).mul(torch.finfo(dtype).max / 2).to(dtype)
+    x[::7, 0], x[3, ::5], x[4, ::5] = torch.inf, -torch.inf, torch.nan
+    grid = block_grid(x.shape, (4, 4))
+    index = torch.arange(grid.down * grid.across, dtype=torch.int32, device=device)
+    weight = torch.rand(index.numel(), device=device) * 5
+    ours = pruning_triton.take_triton(x, grid, index, weight)
+    assert_same("blocks", ours, take_reference(x, grid, index, weight))
+    assert ours.isinf().any() and ours.isnan().any()
+
+
 @pytest.mark.parametrize("config", pruning_triton.DECODE_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_decode(device, dtype, config):

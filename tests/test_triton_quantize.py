@@ -99,10 +99,22 @@ def test_to_the_nearest(path, device, dtype):
 
 @pytest.mark.parametrize("path", EVERY_KERNEL)
 @pytest.mark.parametrize(
-    "kind", ["nan", "inf", "-inf", "constant", "zeros of both signs", "subnormal", "near overflow", "all magnitudes"]
+    "kind",
+    [
+        "nan",
+        "inf",
+        "-inf",
+        "constant",
+        "zeros of both signs",
+        "subnormal",
+        "near overflow",
+        "the end",
+        "all magnitudes",
+    ],
 )
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_ugly_values(path, kind, device, dtype):
+    """The end: as many signs as one, so that the range of a group fits in fp32."""
     if device == "cpu" and NAN_SPREADS and kind not in ("constant", "zeros of both signs", "subnormal"):
         pytest.skip("in this version's interpreter, not on a GPU, the minimum of NaN and a number is NaN")
     x = tensor(path, device, dtype).float()
@@ -112,6 +124,9 @@ def test_ugly_values(path, kind, device, dtype):
     else:
         magnitudes = torch.logspace(-44, 38, x.numel(), device=device).view(x.shape)
         scale = {"subnormal": 1e-41, "near overflow": 6e37, "all magnitudes": magnitudes}
+        if kind == "the end":
+            x = (x.tanh().abs() + 1).clamp(max=2) / 2
+            scale["the end"] = torch.finfo(dtype).max * (-1 if path == "map of odd size" else 1)
         zeros = torch.where(x < 0, -0.0, 0.0)
         x = x * scale[kind] if kind in scale else zeros if kind.startswith("zeros") else torch.full_like(x, 3.1415926)
     x = x.to(memory_format=torch.channels_last) if PATHS[path][1] else x

@@ -21,6 +21,7 @@ from actpress.codec import Codec, Context, Like
 from actpress.kernels import quantize
 from actpress.kernels.bits import BITS
 from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
+from actpress.kernels.rounding import saturated
 from actpress.swap import Method, Replacement
 
 PARTS = ("both", "low", "high")
@@ -59,7 +60,7 @@ class FrequencyCodec(Codec):
                 quantize.decode_reference(code, like.shape, torch.float32, like.channels_last, "channel", 1, self.bits)
             )
         memory_format = torch.channels_last if like.channels_last else torch.contiguous_format
-        return sum(parts).to(like.dtype).contiguous(memory_format=memory_format)
+        return saturated(sum(parts), like.dtype).contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
