@@ -188,8 +188,9 @@ def maps_shape(shape: torch.Size) -> torch.Size:
 
 
 def tokens_shape(shape: torch.Size) -> torch.Size:
-    """How inputs [..., F] of linear layers are viewed as tokens: [N, L, F] where they have more axes."""
-    return shape if len(shape) <= 3 else torch.Size((shape[0], math.prod(shape[1:-1]), shape[-1]))
+    """How inputs [..., F] of linear layers are viewed as tokens [N, L, F]; rows [L, F] are the tokens of one sample."""
+    samples = shape[0] if len(shape) > 2 else 1
+    return torch.Size((samples, math.prod(shape[:-1]) // max(samples, 1), shape[-1]))
 
 
 def leave_mask(y: Tensor, packed: Tensor, inplace: bool) -> None:

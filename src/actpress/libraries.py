@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from actpress import layers
-from actpress.functional import Replacing, variants
+from actpress.functional import Replacing, table_of
 from actpress.layers.norm import rms_eps, rms_formula
 
 # qualified name -> the stock type that it stands in for, and the function that its forward calls
@@ -38,10 +38,7 @@ class Calling(layers.Extended):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name, ours = self.calls
         ours = partial(ours, codec=self.codec, context=self.context, origin=self.origin)
-        table = dict.fromkeys(variants(name), ours)
-        for other, rule in self.function_rules.items():
-            table |= dict.fromkeys(variants(other), rule)
-        with Replacing(table):
+        with Replacing(table_of({**self.function_rules, name: ours})):
             return self.stock(*args, **kwargs)
 
 

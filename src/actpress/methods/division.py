@@ -20,9 +20,10 @@ Weight gradients, and the input gradient of batch norm, are computed from the de
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
 kernels/division.py.
 
-Linear inputs [..., L, F] are not in the official CNN code. As its T5 sibling does, means run over blocks of tokens and the minimum and
-maximum are per sample. Inputs of LayerNorm and RMSNorm have bounds of their own for each token, and no means: 1 / deviation would amplify
-what a small token lost in the steps of large ones.
+Linear inputs [..., L, F] are not in the official CNN code. As in its T5 sibling, means run over blocks of tokens; bounds are those of each
+feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Inputs of LayerNorm and
+RMSNorm have bounds of their own for each token, and no means: 1 / deviation would amplify what a small token lost in the steps of large
+ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
+from actpress.kernels.layout import is_channels_last
 from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import (
     BATCH_NORMS,
@@ -51,7 +53,7 @@ from actpress.swap import Method, Replacement
 
 @dataclass(frozen=True)
 class DivisionCodec(Codec):
-    """Block means and Q-bit rest of maps [N, C, H, W], or of tokens [..., L, F] seen as maps of L x F with blocks of tokens.
+    """Block means and Q-bit rest of maps [N, C, H, W], or of tokens [N, L, F] seen as maps [N, F, L, 1]: a row for each feature.
 
     A tensor whose code would be no smaller than the tensor itself (maps of 1x1) is kept dense.
     """
@@ -83,23 +85,20 @@ class DivisionCodec(Codec):
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
             return kept[0]
-        shape = self._as_maps(torch.empty(like.shape, device="meta")).shape
-        kernel = self._kernel(shape)
-        reordered = self.layout == "tokens" and like.channels_last  # tokens are coded in another order than the mask's
-        mask = kept[4] if len(kept) > 4 and not reordered else None
-        maps = decode(Code(*kept[:4]), shape, like.dtype, like.channels_last, kernel, self.bits, self.align, mask)
-        return maps.reshape(like.shape)
+        shape, channels_last = like.shape, like.channels_last
+        if self.layout == "tokens":
+            maps = self._as_maps(torch.empty(shape, device="meta"))
+            shape, channels_last = maps.shape, is_channels_last(maps)
+        mask = kept[4] if len(kept) > 4 else None
+        options = (self._kernel(shape), self.bits, self.align, mask)
+        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, *options)
+        return maps.squeeze(3).transpose(1, 2) if self.layout == "tokens" else maps
 
     def _as_maps(self, x: Tensor) -> Tensor:
-        if self.layout == "maps":
-            return x
-        samples = x.shape[0] if x.dim() > 1 else 1
-        return x.reshape(samples, 1, -1, x.shape[-1])
+        return x.contiguous().transpose(1, 2).unsqueeze(3) if self.layout == "tokens" else x
 
     def _kernel(self, shape: torch.Size) -> tuple[int, int]:
         height, width = shape[2:]
-        if self.layout == "tokens":
-            return (min(self.block, height), 1)
         if self.align == "authors":  # square; official code, by height alone, fails on narrow maps
             return (min(self.block, height, width),) * 2
         if 1 in (height, width):  # rows: blocks of as many elements
