@@ -314,7 +314,7 @@ def rms_norm(
 
     if not records(input, input, weight):
         return compute(input)
-    least = torch.finfo(input.dtype).eps if eps is None else eps
+    least = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps  # as PyTorch
     return _RMSNorm.apply(input, weight, len(normalized_shape), least, 0.0, compute, codec, context, origin)[0]
 
 
