@@ -298,4 +298,4 @@ def freed(device: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(0 if arguments.explain(sys.argv) else main(sys.argv[1:]))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 def write(target: Path, generate: Callable[[], str], arguments: list[str]) -> int:
     """Write generate() to `target`, or with the argument --check say whether it is there already. Returns the exit code."""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: python {sys.argv[0]} [--check]\n\n{sys.modules['__main__'].__doc__}")
+        return 0
     if arguments not in ([], ["--check"]):
         print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
         return 2

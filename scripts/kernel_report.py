@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from actpress.arguments import explain
+
 FIELDS = (
     *("case", "dtype", "what", "config", "status", "n", "p20_ms", "p50_ms", "p80_ms"),
     *("floor_bytes", "moved_bytes", "flops", "gib_per_s", "moved_gib_per_s", "tflops"),
@@ -218,6 +220,8 @@ def figure(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
+    if explain(sys.argv):
+        sys.exit()
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit(
             f"error: {' '.join(sys.argv[1:])!r}, allowed: the path of one table that scripts/bench_kernels.py wrote"

@@ -276,6 +276,15 @@ def test_results_that_cannot_be_written_are_named_before_training(tmp_path, monk
     assert sorted(os.listdir(tmp_path)) == ["place"]
 
 
+@pytest.mark.parametrize("value", ["null", "5", "''"])
+@pytest.mark.parametrize("key", ["paths.outputs", "paths.records"])
+def test_what_is_no_path_is_named(tmp_path, monkeypatch, capsys, key, value):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ended([f"{key}={value}"], monkeypatch, capsys)
+    assert code == 2
+    assert re.fullmatch(rf"error: {key}=(None|5|) must be the path of a folder\n", err)
+
+
 def test_folders_in_place_of_files_are_named_before_training(tmp_path):
     cfg = config(tmp_path)
     for path in (run.files_of(cfg).folder / "config.yaml", run.files_of(cfg).log, run.files_of(cfg).record):
@@ -309,6 +318,7 @@ def test_help_lists_what_training_reads_and_the_options_of_the_chosen_method(mon
     assert re.search(r"^  method.bits=4 +Q, bits per element", out, re.MULTILINE)
     assert re.search(r"^  recipe.schedule.warmup_epochs=0.5$", out, re.MULTILINE)
     assert re.search(r"^  runtime.compile=false +torch.compile for the training step$", out, re.MULTILINE)
+    assert "[none]" in ended(["--help", "-m", "method=none,division"], monkeypatch, capsys)[1]
     code, _, err = ended(["--help", "method=divison"], monkeypatch, capsys)
     assert (code, "method=divison is unknown" in err) == (2, True)
 

@@ -1,9 +1,19 @@
-"""key=value arguments of the scripts that are no Hydra applications."""
+"""key=value arguments of the scripts that are no Hydra applications, and their --help."""
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 SWITCH = {"true": True, "false": False, "1": True, "0": False}
+
+
+def explain(command: Sequence[str]) -> bool:
+    """Whether a command, sys.argv, asks for --help; the docstring of the script is then printed."""
+    asked = not {"-h", "--help"}.isdisjoint(command[1:])
+    if asked:
+        print(f"usage: python {command[0]} [arguments]\n\n{inspect.getdoc(sys.modules['__main__'])}")
+    return asked
 
 
 def read(arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:

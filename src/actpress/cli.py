@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 a bug (with its traceback) or a killed job; 2 bad input; 3
 its files; 130 interrupted. A sweep ends with the highest code of its jobs.
 """
 
-import inspect
 import os
 import sys
 import traceback
@@ -29,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actpress import outcomes, usage
+from actpress.arguments import explain
 from actpress.outcomes import Outcome
 from actpress.record import WriteError, check_folder
 from actpress.run import InputError
@@ -76,10 +76,15 @@ def _train(configs: Path) -> int:
     name = arguments.config_name or "train"
     if arguments.help:
         with _configs(configs, name) as configs:
-            print(usage.text(_composed(arguments.overrides, configs, name, hydra_too=True), configs, name))
+            print(
+                usage.text(
+                    _composed(arguments.overrides, configs, name, arguments.multirun, hydra_too=True), configs, name
+                )
+            )
         return 0
-    plan = Plan(sweep=arguments.multirun)
-    if not arguments.hydra_help and arguments.config_dir is None:
+    given_outputs = [text.partition("=")[2] for text in arguments.overrides if text.startswith("paths.outputs=")]
+    plan = Plan(outputs=Path((given_outputs or ["outputs"])[0]), sweep=arguments.multirun)
+    if not arguments.hydra_help and arguments.config_dir is None:  # configs of another folder are left to Hydra
         plan = check_overrides(arguments.overrides, configs, name, arguments.multirun)
     given = sys.argv
     flags = [argument for argument in given[1:] if argument not in arguments.overrides]
@@ -162,10 +167,7 @@ def run(main: Callable[[], int | None]) -> int:
 
     With --help among the arguments of the command, its docstring is printed instead.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"usage: python {sys.argv[0]} [arguments]\n\n{inspect.getdoc(sys.modules['__main__'])}")
-        return 0
-    return _ending(main)
+    return 0 if explain(sys.argv) else _ending(main)
 
 
 def _ending(main: Callable[[], int | None]) -> int:
@@ -195,8 +197,10 @@ def compose(overrides: list[str], configs: Path, name: str = "train") -> DictCon
         return _composed(overrides, configs, name)
 
 
-def _composed(overrides: list[str], configs: Path, name: str, hydra_too: bool = False) -> DictConfig:
-    parsed = [_choices(_parse(text), multirun=False)[0] for text in overrides]
+def _composed(
+    overrides: list[str], configs: Path, name: str, multirun: bool = False, hydra_too: bool = False
+) -> DictConfig:
+    parsed = [_choices(_parse(text), multirun)[0] for text in overrides]
     _check(parsed, configs, name)
     return _hydra_compose(name, [o.input_line for o in parsed], hydra_too)
 
@@ -254,8 +258,7 @@ def _check_folders(cfg: DictConfig, multirun: bool) -> None:
     hydra_key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     try:
         for key in ("paths.outputs", "paths.records", hydra_key):
-            if (folder := OmegaConf.select(cfg, key)) is not None:
-                check_folder(key, folder)
+            check_folder(key, OmegaConf.select(cfg, key))
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -138,6 +138,8 @@ def check_folder(key: str, folder: Path | str) -> None:
 
     Nothing is created.
     """
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise ValueError(f"{key}={folder} must be the path of a folder")
     folder = Path(folder)
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
