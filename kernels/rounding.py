@@ -37,8 +37,8 @@ def finite(x: Tensor) -> Tensor:
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; what lies beyond its finite range, infinities too, becomes its largest number. NaN stays NaN. Changes x."""
-    limit = torch.finfo(dtype).max
+    """x in `dtype`; what lies beyond its finite range, infinities too, becomes its largest number (or that of x's dtype). NaN stays NaN. Changes x."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
     return x.clamp_(-limit, limit).to(dtype)
 
 

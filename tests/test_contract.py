@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import actpress
 from actpress import measure
-from actpress.codec import Like
+from actpress.codec import Like, tokens_shape
 from actpress.kernels.layout import is_channels_last
 from actpress.methods import Division, Pooling, Quantize
 
@@ -218,7 +218,10 @@ def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory
     twin = copy.deepcopy(ours)  # the same noise
     normalised = norm and twin.codec.normalised
     coded = (leaf.detach() - mean) * rstd if normalised else leaf.detach()
-    coded = coded.flatten(0, -2) if isinstance(stock, nn.LayerNorm) else coded  # a token each
+    if isinstance(stock, nn.LayerNorm):
+        coded = coded.flatten(0, -2)  # a token each
+    elif isinstance(stock, nn.Linear):
+        coded = coded.reshape(tokens_shape(coded.shape))
     like = Like(coded.shape, x.dtype, is_channels_last(coded))
     decoded = twin.codec.decode(twin.codec.encode(coded, twin.context), like).reshape(x.shape)
     y = ours(leaf)
