@@ -37,7 +37,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; what lies beyond its finite range, infinities too, becomes its largest number (or that of x's dtype). NaN stays NaN. Changes x."""
+    """x in `dtype`; what lies beyond the finite range of both, infinities too, becomes its largest number. NaN stays NaN. Changes x."""
     limit = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
     return x.clamp_(-limit, limit).to(dtype)
 

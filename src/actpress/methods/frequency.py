@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels import quantize
 from actpress.kernels.bits import BITS
 from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
 from actpress.kernels.rounding import saturated
+from actpress.methods.rules import exact, exact_functions, with_codec
 from actpress.swap import Method, Replacement
 
 PARTS = ("both", "low", "high")
@@ -86,9 +86,7 @@ class Frequency(Method):
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = FrequencyCodec(self.block, self.bits, self.parts, self.transform)
-        exact = (nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)
-        rules = {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in (nn.Conv2d, nn.BatchNorm2d)}
-        return rules | {layer: Replacement(getattr(layers, layer.__name__)) for layer in exact}
+        return with_codec((nn.Conv2d, nn.BatchNorm2d), codec) | exact()
 
     def functions(self) -> Mapping[str, Callable]:
-        return {"relu": layers.relu, "relu_": layers.relu_}
+        return exact_functions()

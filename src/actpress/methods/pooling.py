@@ -3,7 +3,7 @@
 The idea: keep the block means of every convolution's input instead of the input, 1/k^2 of its bytes.
 
     Conv2d input    means of k x k blocks, in the activation's dtype: 32 / k^2 bits per element in fp32
-    ReLU            1 bit per element, exact       } ours: pooling conv inputs alone frees nothing, since ReLU
+    ReLU, its kin   1 bit per element, exact       } ours: pooling conv inputs alone frees nothing, since ReLU
     MaxPool2d       8 bits per output, exact       } and max-pooling keep the same tensors dense
     AvgPool2d       nothing, exact
     BatchNorm2d     stock: its input stays dense
@@ -26,6 +26,7 @@ from actpress import layers
 from actpress.codec import Codec, Context, Conv, Like
 from actpress.kernels.pooled_convolution import conv2d_weight_grad
 from actpress.kernels.pooling import ALIGN, pool, pool_max, upsample_reference
+from actpress.methods.rules import exact, exact_functions
 from actpress.swap import Method, Replacement
 
 RELU = ("mask", "stock")
@@ -88,18 +89,14 @@ class Pooling(Method):
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align, self.reduce))}
-        if self.relu == "mask":
-            rules |= {
-                layer: Replacement(getattr(layers, layer.__name__)) for layer in (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
-            }
-        return rules
+        return rules | (exact(but=(nn.Dropout,)) if self.relu == "mask" else {})
 
     def functions(self) -> Mapping[str, Callable]:
-        return {"relu": layers.relu, "relu_": layers.relu_} if self.relu == "mask" else {}
+        return exact_functions(but=(nn.Dropout,)) if self.relu == "mask" else {}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         replacement = super().replacement(name, module)
         if replacement is None or replacement.codec is None:
             return replacement
         block = next((k for pattern, k in self.stages.items() if fnmatchcase(name, pattern)), self.block)
-        return Replacement(replacement.layer, PoolingCodec(block, self.align, self.reduce))
+        return replacement._replace(codec=PoolingCodec(block, self.align, self.reduce))

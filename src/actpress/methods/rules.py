@@ -15,10 +15,16 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TOKEN_NORMS = (nn.LayerNorm, nn.RMSNorm)  # a token each
 CURVED = (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish, nn.Softplus)
-EXACT = (
-    *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid),
-    *(nn.Dropout, nn.MaxPool2d, nn.AvgPool2d),
-)
+EXACT = {  # layer -> names of its functional forms
+    nn.ReLU: ("relu", "relu_"),
+    nn.LeakyReLU: ("leaky_relu",),
+    nn.ReLU6: ("relu6",),
+    nn.Hardtanh: ("hardtanh",),
+    nn.Hardsigmoid: ("hardsigmoid",),
+    nn.Dropout: ("dropout",),
+    nn.MaxPool2d: ("max_pool2d",),
+    nn.AvgPool2d: ("avg_pool2d",),
+}
 
 
 def with_codec(stock: tuple[type[nn.Module], ...], codec: Codec | None) -> Rules:
@@ -26,15 +32,14 @@ def with_codec(stock: tuple[type[nn.Module], ...], codec: Codec | None) -> Rules
     return {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in stock}
 
 
-def exact() -> Rules:
-    """Masks and offsets instead of tensors."""
-    return with_codec(EXACT, None)
+def exact(but: tuple[type[nn.Module], ...] = ()) -> Rules:
+    """Masks and offsets instead of tensors, but for some layers."""
+    return with_codec(tuple(layer for layer in EXACT if layer not in but), None)
 
 
-def exact_functions() -> dict[str, Callable]:
+def exact_functions(but: tuple[type[nn.Module], ...] = ()) -> dict[str, Callable]:
     """The functional forms of the same."""
-    names = ("relu", "relu_", "leaky_relu", "relu6", "hardtanh", "hardsigmoid", "dropout", "max_pool2d", "avg_pool2d")
-    return {name: getattr(layers, name) for name in names}
+    return {name: getattr(layers, name) for layer in EXACT if layer not in but for name in EXACT[layer]}
 
 
 def curved_functions(codec: Codec) -> dict[str, Callable]:
