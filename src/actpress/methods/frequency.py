@@ -20,6 +20,7 @@ from actpress.codec import Codec, Context, Like
 from actpress.kernels import quantize
 from actpress.kernels.bits import BITS
 from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
+from actpress.kernels.layout import dense_as, is_channels_last
 from actpress.kernels.rounding import saturated
 from actpress.methods.rules import exact, exact_functions, with_codec
 from actpress.swap import Method, Replacement
@@ -44,6 +45,7 @@ class FrequencyCodec(Codec):
         kept = (low,) if self.parts != "high" else ()
         if self.parts != "low":
             rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
+            rest = dense_as(rest, is_channels_last(x))  # as `decode` will be told, whatever strides x has
             kept += quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits)
         return kept if sum(t.nbytes for t in kept) < x.numel() * x.itemsize else (x,)
 
