@@ -125,6 +125,27 @@ def test_running_statistics_are_those_of_stock_over_several_passes(method):
         assert torch.equal(buffer, expected), name
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("norm", TOKEN_NORMS)
+def test_the_gradient_of_a_residual_is_left_as_it_is(norm, method):
+    """y = x + norm(x) hands one gradient to both branches: the norm's backward may not write into it, nor be hurt by one of no memory."""
+    ours = applied(with_random_weights(TOKEN_NORMS[norm](64), torch.float32), method)
+    x = torch.randn(3, 17, 64)
+
+    def gradient(dy):
+        leaf = x.clone().requires_grad_()
+        (leaf + copy.deepcopy(ours)(leaf)).backward(dy)
+        return leaf.grad
+
+    dy = torch.randn_like(x)
+    before, got = dy.clone(), gradient(dy)
+    assert torch.equal(dy, before)
+    assert torch.equal(got, gradient(before))
+    ones = torch.ones(())
+    torch.testing.assert_close(gradient(ones.expand_as(x)), gradient(torch.ones_like(x)))
+    assert ones == 1
+
+
 KEPT = {  # norm -> (layer, input, most bytes for an element under the default methods: 4 bits for tokens, 2 for maps, and their bounds)
     "layer norm": (nn.LayerNorm(768), (2, 33, 768), 0.52),
     "layer norm of two axes": (nn.LayerNorm((33, 96)), (4, 33, 96), 0.52),

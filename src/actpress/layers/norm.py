@@ -291,7 +291,7 @@ class _RMSNorm(Function):
                 dw = (g * xhat).sum(0).view(weight.shape).to(weight.dtype)
             if ctx.needs_input_grad[0]:
                 g = g if weight is None else g * (weight.flatten().to(rstd.dtype) + ctx.offset)
-                dx = g.sub_(xhat * (g * xhat).mean(1, keepdim=True)) if g is not dy else g
+                dx = torch.addcmul(g, xhat, (g * xhat).mean(1, keepdim=True), value=-1)  # g may share dy's memory
                 dx = dx.mul_(rstd).reshape(dy.shape).to(ctx.x_dtype)
         dx, dw = refuse(ctx.origin, probe, dx, dw)
         return dx, dw, None, None, None, None, None, None, None
