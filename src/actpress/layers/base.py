@@ -133,7 +133,7 @@ class _Refuse(Function):
     """Hands gradients on; their own derivative is an error."""
 
     @staticmethod
-    def forward(ctx, origin, probe, *grads):
+    def forward(ctx, origin, probe, dy, *grads):
         ctx.origin = origin
         return tuple(grad.detach().view_as(grad) for grad in grads)
 
@@ -145,12 +145,15 @@ class _Refuse(Function):
         )
 
 
-def refuse(origin: str, probe: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`grads`, computed without a graph; differentiating them again raises RuntimeError."""
+def refuse(origin: str, probe: Tensor, dy: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`grads`, computed without a graph; differentiating them again, with respect to anything they depend on, raises RuntimeError.
+
+    That is what the layer's inputs depend on, by way of the probe, and what dy depends on, such as the weights of later layers.
+    """
     if not differentiating_twice():
         return grads
     given = [grad for grad in grads if grad is not None]
-    refused = iter(_Refuse.apply(origin, probe, *given) if given else ())
+    refused = iter(_Refuse.apply(origin, probe, dy, *given) if given else ())
     return tuple(None if grad is None else next(refused) for grad in grads)
 
 

@@ -40,7 +40,7 @@ class _Conv(Function):
             if ctx.needs_input_grad[1]:
                 with torch.no_grad():
                     dw = _weight_grad(ctx, tuple(kept), dy).to(weight.dtype)
-                (dw,) = refuse(ctx.origin, probe, dw)
+                (dw,) = refuse(ctx.origin, probe, dy, dw)
             if ctx.needs_input_grad[2]:
                 db = dy.sum((0, *range(2, dy.dim()))).to(weight.dtype)
         return dx, dw, db, None, None, None, None

@@ -57,13 +57,13 @@ CURVES = {
 
 class _Curved(Function):
     @staticmethod
-    def forward(ctx, x, name, options, codec, origin):
+    def forward(ctx, x, name, options, inplace, codec, origin):
         curve = CURVES[name]
         y = curve.compute(x, *options)
         source = y if curve.of_output else x
         slope = curve.slope(source.detach(), *options)
         ctx.like, kept = Like(slope.shape, slope.dtype, is_channels_last(slope)), codec.encode(slope, None)
-        ctx.dense = kept[0] is slope
+        ctx.dense = kept[0] is slope and (curve.of_output or not inplace)  # an input that is overwritten cannot be kept
         ctx.codec, ctx.origin, ctx.name, ctx.options = codec, origin, name, options
         probe = probe_of(x)
         ctx.save_for_backward(probe, *((source,) if ctx.dense else kept))
@@ -78,8 +78,8 @@ class _Curved(Function):
             else:
                 slope = ctx.codec.decode(tuple(kept), ctx.like)
             dx = dy * slope
-        (dx,) = refuse(ctx.origin, probe, dx)
-        return dx, None, None, None, None
+        (dx,) = refuse(ctx.origin, probe, dy, dx)
+        return dx, None, None, None, None, None
 
 
 def _curved(
@@ -87,7 +87,7 @@ def _curved(
 ) -> Tensor:
     if not records(x, x):
         return into(x, CURVES[name].compute(x, *options), inplace)
-    return into(x, _Curved.apply(x, name, options, codec, origin or f"{name}()")[0], inplace)
+    return into(x, _Curved.apply(x, name, options, inplace, codec, origin or f"{name}()")[0], inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False, *, codec: Codec, origin: str | None = None) -> Tensor:
@@ -120,6 +120,21 @@ def sigmoid(input: Tensor, *, codec: Codec, origin: str | None = None) -> Tensor
 def tanh(input: Tensor, *, codec: Codec, origin: str | None = None) -> Tensor:
     """torch.tanh that keeps its derivative as `codec` says."""
     return _curved(input, "tanh", (), False, codec, origin)
+
+
+def sigmoid_(input: Tensor, *, codec: Codec) -> Tensor:
+    """In-place sigmoid."""
+    return _curved(input, "sigmoid", (), True, codec, "sigmoid_()")
+
+
+def tanh_(input: Tensor, *, codec: Codec) -> Tensor:
+    """In-place tanh."""
+    return _curved(input, "tanh", (), True, codec, "tanh_()")
+
+
+def elu_(input: Tensor, alpha: float = 1.0, *, codec: Codec) -> Tensor:
+    """In-place elu."""
+    return _curved(input, "elu", (alpha,), True, codec, "elu_()")
 
 
 class _CurvedLayer(Layer):

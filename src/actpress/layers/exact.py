@@ -119,6 +119,16 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return _bent(input, "leaky_relu", (negative_slope,), inplace)
 
 
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    """In-place leaky_relu."""
+    return _bent(input, "leaky_relu", (negative_slope,), True)
+
+
+def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    """In-place hardtanh."""
+    return _bent(input, "hardtanh", (min_val, max_val), True)
+
+
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """F.relu6 that keeps one bit per element."""
     return _bent(input, "relu6", (), inplace)

@@ -39,7 +39,7 @@ class _Linear(Function):
                 with torch.no_grad():
                     dy = dy_O.reshape(*ctx.like.shape[:-1], dy_O.shape[-1])
                     dw = ctx.codec.linear_weight_grad(tuple(kept), ctx.like, dy).to(weight.dtype)
-                (dw,) = refuse(ctx.origin, probe, dw.T if ctx.transposed else dw)
+                (dw,) = refuse(ctx.origin, probe, dy_O, dw.T if ctx.transposed else dw)
             if ctx.needs_input_grad[2]:
                 db = dy_O.reshape(-1, dy_O.shape[-1]).sum(0).to(weight.dtype)
         return dx, dw, db, None, None, None, None

@@ -54,9 +54,9 @@ class _BatchNorm(Function):
             dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, invstd, tuple(kept))
         if differentiating_twice():
             if ctx.training:
-                dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+                dx, dw, db = refuse(ctx.origin, probe, dy, dx, dw, db)
             else:  # linear in dy
-                (dw,) = refuse(ctx.origin, probe, dw)
+                (dw,) = refuse(ctx.origin, probe, dy, dw)
                 scale = invstd if weight is None else weight * invstd
                 dx = None if dx is None else (dy * _by_channel(scale, dy)).to(dx.dtype)
                 db = None if db is None else dy.sum([d for d in range(dy.dim()) if d != 1]).to(db.dtype)
@@ -165,7 +165,7 @@ class _LayerNorm(Function):
             dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, scale, weight, bias, mask)
             if ctx.normalised and dx is not None:
                 dx = dx.mul_(rstd)
-        dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+        dx, dw, db = refuse(ctx.origin, probe, dy, dx, dw, db)
         return dx, None, dw, db, None, None, None, None
 
 
@@ -228,7 +228,7 @@ class _GroupNorm(Function):
             if ctx.normalised and dx is not None:
                 n, groups = ctx.geometry[0], ctx.geometry[3]
                 dx.view(n, groups, -1).mul_(rstd.unsqueeze(2))
-        dx, dw, db = refuse(ctx.origin, probe, dx, dw, db)
+        dx, dw, db = refuse(ctx.origin, probe, dy, dx, dw, db)
         return dx, None, dw, db, None, None, None, None
 
 
@@ -293,7 +293,7 @@ class _RMSNorm(Function):
                 g = g if weight is None else g * (weight.flatten().to(rstd.dtype) + ctx.offset)
                 dx = torch.addcmul(g, xhat, (g * xhat).mean(1, keepdim=True), value=-1)  # g may share dy's memory
                 dx = dx.mul_(rstd).reshape(dy.shape).to(ctx.x_dtype)
-        dx, dw = refuse(ctx.origin, probe, dx, dw)
+        dx, dw = refuse(ctx.origin, probe, dy, dx, dw)
         return dx, dw, None, None, None, None, None, None, None
 
 

@@ -17,9 +17,9 @@ TOKEN_NORMS = (nn.LayerNorm, nn.RMSNorm)  # a token each
 CURVED = (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish, nn.Softplus)
 EXACT = {  # layer -> names of its functional forms
     nn.ReLU: ("relu", "relu_"),
-    nn.LeakyReLU: ("leaky_relu",),
+    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
     nn.ReLU6: ("relu6",),
-    nn.Hardtanh: ("hardtanh",),
+    nn.Hardtanh: ("hardtanh", "hardtanh_"),
     nn.Hardsigmoid: ("hardsigmoid",),
     nn.Dropout: ("dropout",),
     nn.MaxPool2d: ("max_pool2d",),
@@ -44,8 +44,5 @@ def exact_functions(but: tuple[type[nn.Module], ...] = ()) -> dict[str, Callable
 
 def curved_functions(codec: Codec) -> dict[str, Callable]:
     """The functional forms of CURVED."""
-    return {name: partial(getattr(layers, name), codec=codec) for name in map(_lower, CURVED)}
-
-
-def _lower(layer: type[nn.Module]) -> str:
-    return layer.__name__.lower()
+    names = (*(layer.__name__.lower() for layer in CURVED), "sigmoid_", "tanh_", "elu_")
+    return {name: partial(getattr(layers, name), codec=codec) for name in names}
