@@ -112,7 +112,7 @@ class _Activation(Function):
         probe, code, y = ctx.saved_tensors
         with torch.no_grad():
             dx = ctx.derivative.input_grad(dy, code, y, ctx.function, ctx.channels_last).to(ctx.x_dtype)
-        (dx,) = refuse(ctx.origin, probe, dx)
+        (dx,) = refuse(ctx.origin, probe, dy, dx)
         return dx, None, None, None, None
 
 
