@@ -170,8 +170,10 @@ def blocks(document: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_library_example_of_the_readme_runs(capsys):
-    exec(compile(blocks("README.md")[0], "README.md", "exec"), {})
+def test_the_library_examples_of_the_readme_run(capsys):
+    names = {}
+    for block in blocks("README.md"):
+        exec(compile(block, "README.md", "exec"), names)
     before, after = map(float, re.search(r"([\d.]+) MiB -> ([\d.]+) MiB", capsys.readouterr().out).groups())
     assert after < before / 5
 
