@@ -120,7 +120,7 @@ def head(table: tables.Table) -> list[str]:
     """Column names of a table."""
     names = list(table.cells[0].labels)
     for name, metric in table.metrics.items():
-        names.append(f"{metric.label}, {metric.unit}")
+        names.append(metric.title)
         if any(name in cell.paper for cell in table.cells):
             names += [metric.reference, "difference"]
         if metric.versus_baseline:

@@ -182,6 +182,8 @@ def test_shipped_tables_load_and_compose(name):
     assert len(rows) % len(table.cells) == 0  # as many for each cell: seeds, weights
     assert all(labels.keys() <= table.cells[0].labels.keys() for labels in table.baselines)
     for cell in table.cells:
+        if table.kind == "function":  # its overrides are arguments, of a training config or not
+            continue
         if table_rows.exists(cell):
             table_rows.compose(cell, seed=0)
         else:

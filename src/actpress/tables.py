@@ -6,7 +6,7 @@ same for a terminal. A number that was not measured reads "not run" and says wha
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,9 +21,9 @@ from actpress import measure, swap
 
 KINDS = ("memory", "training", "fidelity", "error", "function")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0, "epochs": 1.0, "s": 1.0}
-UNITS |= {"x": 1.0, "cosine": 1.0}  # a ratio; a cosine
+UNITS |= {"x": 1.0, "cosine": 1.0, "": 1.0}  # a ratio; a cosine; words
 FORMATS = {"GiB": ".3f", "MiB": ".1f", "%": ".2f", "images/s": ".0f", "absolute": ".2e", "epochs": ".1f", "s": ".0f"}
-FORMATS |= {"x": ".2f", "cosine": ".4f"}
+FORMATS |= {"x": ".2f", "cosine": ".4f", "": ""}
 NEEDS = {
     "gpu": "a GPU",
     "imagenet": "ImageNet",
@@ -57,6 +57,11 @@ class Metric:
     reduction_of: str | None = None
     reference: str = "paper"
     at_most: bool = False
+
+    @property
+    def title(self) -> str:
+        """The head of its column: label, unit; of words the label alone."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
 
     def text(self, value: Any) -> str:
         """A value in the metric's unit; words ("OOM") as they are, None as "not available"."""
@@ -159,10 +164,10 @@ def load(folder: Path, name: str) -> Table:
 
 
 def _on_networks(name: str, row: Mapping, networks: list[Mapping]) -> list[Mapping]:
-    """One row of the file -> one for each of the networks (name, overrides) that it names, all of them by default."""
+    """One row of the file -> one for each of the networks (name, overrides, requires) that it names, all of them by default."""
     if not networks:
         return [row]
-    known = {network["name"]: network["overrides"] for network in networks}
+    known = {network["name"]: network for network in networks}
     wanted = row.get("networks", list(known))
     for network in wanted:
         _allowed(name, "network", network, known)
@@ -170,10 +175,15 @@ def _on_networks(name: str, row: Mapping, networks: list[Mapping]) -> list[Mappi
         {
             **row,
             "labels": {"network": network, **row["labels"]},
-            "overrides": [*known[network], *row.get("overrides", ())],
+            "overrides": [*known[network]["overrides"], *row.get("overrides", ())],
+            "requires": [*_listed(row.get("requires", ())), *_listed(known[network].get("requires", ()))],
         }
         for network in wanted
     ]
+
+
+def _listed(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics: Mapping[str, Metric]) -> list[Cell]:
@@ -182,8 +192,7 @@ def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics:
     for metric in paper:
         _allowed(name, "paper metric", metric, metrics)
     overrides = (*common, *row.get("overrides", ()))
-    requires = row.get("requires", ())
-    requires = (requires,) if isinstance(requires, str) else tuple(requires)
+    requires = tuple(_listed(row.get("requires", ())))
     if not sweep:
         return [Cell(row["labels"], overrides, paper, requires)]
     ((label, swept),) = sweep.items()
@@ -350,7 +359,7 @@ def render(table: Table, results: list[Result], provenance: str) -> str:
     head = list(labels)
     measured = "measured (fake tensors)" if table.kind == "memory" else "measured"
     for _, metric, has_paper in columns:
-        head.append(f"{metric.label}, {metric.unit}: {measured}")
+        head.append(f"{metric.title}: {measured}" if metric.unit else metric.title)
         head += [metric.reference] if has_paper else []
         if has_paper and (metric.tolerance or metric.at_most):
             head += ["difference", "no worse" if metric.at_most else f"within {metric.tolerance:.1%}"]

@@ -130,7 +130,7 @@ def table(
 
 def _metric(table: tables.Table, name: str, metric: tables.Metric, results: Sequence[tables.Result]) -> Group:
     found = [result.summaries[name] for result in results]
-    title = f"{metric.label}, {metric.unit}{' (fake tensors)' if table.kind == 'memory' else ''}"
+    title = f"{metric.title}{' (fake tensors)' if table.kind == 'memory' else ''}"
     shown = [tables.measured_text(metric, s, len(r.values)) for s, r in zip(found, results, strict=True)]
     columns = [Column("measured", shown)]
     if any(name in result.cell.paper for result in results):
