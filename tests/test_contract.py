@@ -355,3 +355,30 @@ def test_eight_bits_give_nearly_exact_weight_gradients():
     result = measure.gradient_fidelity(net, Division(bits=8), (torch.randn(4, 3, 64, 64), torch.randint(10, (4,))))
     worst = min((f.cosine, name) for name, f in result.items())
     assert worst[0] > 0.999, f"{worst[1]}: cosine {worst[0]:.5f}"
+
+
+LAYOUTS = {
+    "channels of channels_last": lambda: torch.randn(4, 12, 20, 18).to(memory_format=torch.channels_last)[:, 3:9],
+    "every second channel": lambda: torch.randn(4, 12, 20, 18)[:, ::2],
+    "every second pixel": lambda: torch.randn(4, 6, 40, 36)[:, :, ::2, ::2],
+    "transposed": lambda: torch.randn(4, 6, 18, 20).transpose(2, 3),
+    "batch and channels swapped": lambda: torch.randn(6, 4, 20, 18).transpose(0, 1),
+    "expanded batch": lambda: torch.randn(1, 6, 20, 18).expand(4, 6, 20, 18),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(6), nn.Linear(18, 5)], ids=["conv", "batch norm", "linear"])
+def test_the_layout_of_an_input_does_not_matter(method, layer, layout):
+    """A code that is decoded in another order than it was made in has nothing to do with the input: its cosine is about 0."""
+    if method.replacement("layer", layer) is None:
+        pytest.skip("the method leaves this layer as it is")
+    net, x = nn.Sequential(copy.deepcopy(layer)), LAYOUTS[layout]()
+    actpress.apply(net, method)
+    gradients = []
+    for given in (x, x.contiguous()):
+        net.zero_grad()
+        y = net(given)
+        y.backward(y.detach())
+        gradients.append(net[0].weight.grad.flatten())
+    assert F.cosine_similarity(*gradients, dim=0) > 0.6

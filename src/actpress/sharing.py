@@ -49,7 +49,7 @@ class _Sharing(FirstPass):
                 self.during.append(module.register_forward_hook(self.see_output))
 
     def see_output(self, module: nn.Module, args: Any, y: Tensor) -> None:
-        if y.requires_grad:
+        if module in self.names and y.requires_grad:  # a model that is one activation has ended its pass by now
             self.outputs[_key(y)] = _Output(self.names[module], StorageWeakRef(y.untyped_storage()))
 
     def see_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
