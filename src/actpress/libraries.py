@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from actpress import layers
 from actpress.functional import Replacing, table_of
-from actpress.layers.norm import rms_eps, rms_formula
+from actpress.layers.norm import rms_formula
 
 # qualified name -> the stock type that it stands in for, and the function that its forward calls
 STANDS_FOR: dict[str, tuple[type[nn.Module], str, Callable]] = {
@@ -45,7 +45,7 @@ class Calling(layers.Extended):
 def stand_in(
     module: nn.Module, rules: Mapping[type[nn.Module], Any]
 ) -> tuple[type[nn.Module], type, tuple | None] | None:
-    """(the stock type whose rule holds for this module, the mixin that takes its place, what `Calling.calls` is); None if there is none."""
+    """(the stock type whose rule holds for this module, the mixin that takes its place, the mixin's `calls`); None if there is none."""
     cls = type(module)
     if isinstance(module, (layers.Layer, LazyModuleMixin, *NEVER_CALLED)):
         return None
@@ -56,7 +56,7 @@ def stand_in(
     if base is not None:
         return base, Calling, layers.FUNCTIONS[base]
     if nn.RMSNorm in rules and cls.__name__.endswith(("RMSNorm", "T5LayerNorm")):
-        eps = rms_eps(module)
-        if eps is not None and rms_formula(cls, eps) is not None:
-            return nn.RMSNorm, layers.LibraryRMSNorm, None
+        formula = rms_formula(module)
+        if formula is not None:
+            return nn.RMSNorm, layers.LibraryRMSNorm, formula
     return None

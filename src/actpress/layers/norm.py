@@ -11,9 +11,10 @@ hand over maps. Codecs that ask for x itself (Codec.normalised) get it, as do th
 PyTorch's own backward operations are called, with xhat as x, mean 0 and deviation 1, and what is left is a factor of dx.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -329,43 +330,60 @@ class RMSNorm(Layer, nn.RMSNorm):
 
 
 class LibraryRMSNorm(Extended):
-    """Another library's RMS norm over the last axis: its own forward, and what it keeps as `codec` says. See `rms_formula`."""
+    """Another library's RMS norm over the last axis: its own forward, and what it keeps as `codec` says."""
+
+    calls: tuple[float, float]  # (eps, offset), see rms_formula
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if len(args) + len(kwargs) != 1 or not records(x, x, self.weight):
+        if len(args) + len(kwargs) != 1 or not records(x, x, self.weight) or x.shape[-1:] != self.weight.shape:
             return self.stock(*args, **kwargs)
-        eps, offset = rms_formula(type(self).__bases__[1], rms_eps(self))
+        eps, offset = self.calls
         arguments = (x, self.weight, 1, eps, offset, self.stock, self.codec, self.context, self.origin)
         return _RMSNorm.apply(*arguments)[0]
 
 
-def rms_eps(module: nn.Module) -> float | None:
-    """The epsilon of a module that looks like an RMS norm over the last axis; None if it does not look like one."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+def rms_formula(module: nn.Module) -> tuple[float, float] | None:
+    """(eps, offset) if the module computes (offset + weight) x / sqrt(mean x^2 + eps) over the last axis, offset 0 or 1; None if not.
+
+    Found by running its forward: classes of one name differ in their formulas, and modules of one class in their settings. The weights are
+    random, the features from tiny to large, one alone, in training and in evaluation.
+    """
+    weight, eps = getattr(module, "weight", None), _epsilon(module)
+    tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    if tensors != ["weight"] or weight.dim() != 1 or eps is None or next(module.children(), None) is not None:
         return None
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        w, x = torch.randn(weight.shape, device="cpu"), torch.randn(6, *weight.shape, device="cpu")
+        x *= torch.tensor([math.sqrt(eps), 0.01, 0.1, 1, 100, 0], device="cpu").unsqueeze(1)
+        x[5, 0] = 1
+        normal = x * (x.square().mean(1, keepdim=True) + eps).rsqrt()
+        outputs = _outputs(module, w, (x, x.unflatten(0, (2, 3))))
+        for offset in (0.0, 1.0):
+            expected = normal * (w + offset)
+            if outputs and all(torch.allclose(y, expected, rtol=1e-4, atol=1e-6) for y in outputs):
+                return eps, offset
+    return None
+
+
+def _epsilon(module: nn.Module) -> float | None:
     found = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
     return next((eps for eps in found if isinstance(eps, float)), None)
 
 
-@lru_cache
-def rms_formula(stock: type[nn.Module], eps: float) -> tuple[float, float] | None:
-    """(eps, offset) if modules of this class compute (offset + weight) x / sqrt(mean x^2 + eps), offset 0 or 1; None if not.
-
-    Found by running one of eight features: classes of that name differ in their formulas.
-    """
-    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = stock.__new__(stock)
-        nn.Module.__init__(module)
-        module.weight, module.eps, module.variance_epsilon = nn.Parameter(torch.randn(8)), eps, eps
-        x = 0.1 * torch.randn(3, 8)
-        normal = x * (x.square().mean(1, keepdim=True) + eps).rsqrt()
+def _outputs(module: nn.Module, weight: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What the module, had it this weight, makes of inputs [..., features], as rows; nothing if it fails or changes a shape."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight)}
+    outputs = []
+    for training, x in itertools.product((True, False), inputs):
+        twin.training = training
         try:
-            y = stock.forward(module, x)
-        except (AttributeError, TypeError, RuntimeError):  # needs more than a weight and an epsilon
-            return None
-        offsets = (offset for offset in (0.0, 1.0) if torch.allclose(y, normal * (module.weight + offset), rtol=1e-4))
-        offset = next(offsets, None)
-    return None if offset is None else (eps, offset)
+            y = type(module).forward(twin, x)
+        except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, AssertionError):
+            return []  # it needs something else than such an input
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            return []
+        outputs.append(y.flatten(0, -2).float())
+    return outputs
