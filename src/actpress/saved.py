@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
@@ -130,6 +131,8 @@ class SavedBytes:
 
     def _see_module(self, module: nn.Module, args: Any) -> None:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if is_lazy(tensor):  # no memory yet
+                continue
             self._model_storages.update((storage_key(piece), piece.untyped_storage()) for piece in pieces(tensor))
 
     def _around(self, hooks: Hooks | None) -> Hooks:

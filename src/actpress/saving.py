@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from actpress import applied, firstpass
@@ -232,7 +233,8 @@ class _Watch(firstpass.FirstPass):
         hooks = active_hooks()
         free = hooks is None or isinstance(_measuring(hooks[0]), SavedBytes)
         started = all(m.context.epoch >= m.late_codec[0] for m in model.modules() if hasattr(m, "late_codec"))
-        plain = all(len(pieces(p)) == 1 and pieces(p)[0] is p for p in model.parameters())  # no shards
+        whole = all(len(pieces(p)) == 1 and pieces(p)[0] is p for p in model.parameters())  # no shards
+        plain = whole and not any(is_lazy(p) for p in model.parameters())
         return free and started and plain and torch._C._autograd._saved_tensors_hooks_is_enabled()
 
     def start(self, model: nn.Module) -> None:
@@ -275,7 +277,8 @@ class _Estimate(Owners):
         product = issubclass(note.stock, PRODUCTS)
         for x in tree_leaves(args):
             if isinstance(x, Tensor) and x.is_floating_point():
-                trained = module.weight.requires_grad if product else True
+                weight = module._parameters.get("weight")  # not one that a parametrization computes, each time anew
+                trained = not product or weight is None or weight.requires_grad
                 if trained and (x.requires_grad or any(p.requires_grad for p in module.parameters(recurse=False))):
                     self._see(x, _autocast_itemsize(x) if product else x.itemsize)
 
