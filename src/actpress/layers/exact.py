@@ -87,9 +87,10 @@ class _Bent(Function):
         return self_adjoint(_bent_backward, dy, packed, *ctx.slopes, ctx.channels_last), None, None, None
 
 
-def _bent_backward(dy: Tensor, packed: Tensor, inside: float, outside: float, channels_last: bool) -> Tensor:
+def _bent_backward(dy: Tensor, packed: Tensor, inside: float, outside: float | None, channels_last: bool) -> Tensor:
+    """dy times the slope; 0 where that is None, also for a dy that is not finite."""
     mask = masks.unpack_mask(packed, dy.shape, channels_last)
-    return torch.where(mask, dy if inside == 1 else dy * inside, dy * outside if outside else 0)
+    return torch.where(mask, dy if inside == 1 else dy * inside, 0 if outside is None else dy * outside)
 
 
 def _between(x: Tensor, low: float, high: float) -> Tensor:
@@ -99,9 +100,9 @@ def _between(x: Tensor, low: float, high: float) -> Tensor:
 # name -> (stock function, where its slope is the first of two, the slopes)
 BENT = {
     "leaky_relu": (F.leaky_relu, lambda x, slope: x > 0, lambda slope: (1.0, slope)),
-    "relu6": (F.relu6, lambda x: _between(x, 0, 6), lambda: (1.0, 0.0)),
-    "hardtanh": (F.hardtanh, _between, lambda low, high: (1.0, 0.0)),
-    "hardsigmoid": (F.hardsigmoid, lambda x: (x > -3) & (x < 3), lambda: (1 / 6, 0.0)),
+    "relu6": (F.relu6, lambda x: _between(x, 0, 6), lambda: (1.0, None)),
+    "hardtanh": (F.hardtanh, _between, lambda low, high: (1.0, None)),
+    "hardsigmoid": (F.hardsigmoid, lambda x: (x > -3) & (x < 3), lambda: (1 / 6, None)),
 }
 
 
