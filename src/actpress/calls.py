@@ -22,8 +22,9 @@ from torch import nn
 
 # Functions that keep a dense tensor for backward, by name, however they are reached (F.x, torch.x, tensor.x).
 ACTIVATIONS = (
-    "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu elu elu_ selu celu gelu silu mish softplus softsign hardswish hardsigmoid "
-    "hardtanh tanh tanh_ sigmoid sigmoid_ logsigmoid glu softmax log_softmax dropout dropout1d dropout2d dropout3d alpha_dropout"
+    "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu celu_ gelu silu mish softplus softsign "
+    "hardswish hardsigmoid hardtanh hardtanh_ threshold threshold_ tanh tanh_ sigmoid sigmoid_ logsigmoid "
+    "glu softmax log_softmax dropout dropout1d dropout2d dropout3d alpha_dropout"
 )
 POOLS = "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool2d adaptive_max_pool2d"
 NORMS = "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize"
