@@ -322,11 +322,11 @@ def rms_norm(
 class RMSNorm(Layer, nn.RMSNorm):
     """nn.RMSNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not records(input, input, self.weight):
-            return self.stock(input)
+    def forward(self, x: Tensor) -> Tensor:
+        if not records(x, x, self.weight):
+            return self.stock(x)
         keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps, **keeping)
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps, **keeping)
 
 
 class LibraryRMSNorm(Extended):
