@@ -1,8 +1,8 @@
 """Public networks at small inputs, and what `actpress.check` measures on each under a method: the table `networks`.
 
 Weights are drawn at random, nothing is downloaded. Inputs are noise, targets are drawn: what is measured is bytes, gradients against
-exact ones, and time, none of which needs a network that knows anything. Weights "trained" are those after STEPS steps of AdamW on
-the batch itself: activations and gradients have left the initial distribution by then.
+exact ones, and time, none of which needs a network that knows anything. Weights "trained" are those of AdamW on the batch itself once
+the loss has halved: activations and gradients have left the initial distribution by then, and the gradient is not yet noise.
 
 NETWORKS: name -> Network. Shapes of a batch: images_NCHW float32, clips_NCTHW float32, ids_NL int64, targets_N int64.
 """
@@ -23,7 +23,7 @@ from actpress.check import LARGEST_SIZE, LEAST_COSINE, Check, check
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CLASSES, TOKENS, VOCABULARY = 10, 64, 100
-STEPS, LEARNING_RATE = 20, 1e-3  # of weights "trained"
+STEPS, LEARNING_RATE = 100, 1e-4  # of weights "trained": at most
 WEIGHTS = ("initial", "trained")
 NOTHING = "matches nothing"
 
@@ -97,10 +97,15 @@ def made(name: str, seed: int, weights: str) -> tuple[nn.Module, Any]:
 
 
 def _train(model: nn.Module, batch: Any) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    """Until the loss is half of what it was, for STEPS steps at most."""
+    optimizer, first = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), None
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
-        loss_of(model, batch).backward()
+        loss = loss_of(model, batch)
+        first = loss.item() if first is None else first
+        if loss.item() <= first / 2:
+            break
+        loss.backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
