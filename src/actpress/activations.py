@@ -123,7 +123,8 @@ def activate(
     if not records(x, x):
         return (VARIANTS[variant].inplace if inplace else VARIANTS[variant].compute)(x)
     origin = origin or f"{variant}() under {type(derivative).__name__}"
-    if torch.compiler.is_compiling():  # compiled code decides on its own buffers
+    # compiled code decides on its own buffers; a Function with a probe may not change a view in place
+    if torch.compiler.is_compiling() or (inplace and x._is_view()):
         return into(x, _Activation.apply(x, variant, False, derivative, origin)[0], inplace)
     return _Activation.apply(x, variant, inplace, derivative, origin)[0]
 

@@ -55,7 +55,7 @@ def linear(
     origin: str = "linear()",
 ) -> Tensor:
     """F.linear that keeps its input [..., in] as `codec` says."""
-    if not records(input, weight):
+    if not records(input, weight) or input.dim() == 0:
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, False, codec, context, origin)[0]
 
