@@ -1,0 +1,505 @@
+"""Situations that layers meet in other people's programs: each does what stock PyTorch does."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import actpress
+from actpress import activations, layers, measure
+from actpress.methods import BlockPruning, Division, FewBit, Frequency, Inverted, Pooling, Quantize
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:actpress.*saves:UserWarning",
+    "ignore:these activations:UserWarning",
+    "ignore:Using padding='same':UserWarning",
+    "ignore:Complex modules:UserWarning",
+    "ignore:Mismatch dtype between input and weight:UserWarning",
+)
+
+METHODS = {
+    "division": Division(),
+    "division, as its authors": Division(align="authors"),
+    "division, ReLU masks": Division(relu_mask=True),
+    "quantize": Quantize(),
+    "quantize, groups": Quantize(grouping="group"),
+    "quantize, samples": Quantize(grouping="sample"),
+    "quantize, normal levels": Quantize(levels="normal"),
+    "pooling": Pooling(),
+    "pooling, as its authors": Pooling(align="authors"),
+    "pooling, maxima": Pooling(reduce="max"),
+    "pruning": BlockPruning(skip=()),
+    "pruning, sampled": BlockPruning(skip=(), select="sample"),
+    "frequency": Frequency(),
+    "inverted": Inverted(),
+    "few-bit": FewBit(),
+}
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (4, 6)),
+    "linear, tokens": (nn.Linear(6, 5), (2, 7, 6)),
+    "conv 1d": (nn.Conv1d(3, 4, 3), (2, 3, 40)),
+    "conv 2d": (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 9, 11)),
+    "conv 2d, same": (nn.Conv2d(3, 4, 4, padding="same"), (2, 3, 9, 11)),
+    "conv 2d, reflect": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 9, 11)),
+    "conv 3d": (nn.Conv3d(3, 4, 3), (2, 3, 6, 7, 8)),
+    "batch norm 1d": (nn.BatchNorm1d(3), (20, 3)),
+    "batch norm 2d": (nn.BatchNorm2d(3), (4, 3, 9, 11)),
+    "batch norm 2d, eval": (nn.BatchNorm2d(3).eval(), (4, 3, 9, 11)),
+    "batch norm 2d, not affine": (nn.BatchNorm2d(3, affine=False), (4, 3, 9, 11)),
+    "batch norm 3d": (nn.BatchNorm3d(3), (2, 3, 4, 5, 6)),
+    "layer norm": (nn.LayerNorm(64), (3, 64)),
+    "RMS norm": (nn.RMSNorm(64), (3, 64)),
+    "group norm": (nn.GroupNorm(2, 6), (2, 6, 9, 11)),
+    "max pool": (nn.MaxPool2d(3, 2, 1), (2, 3, 9, 11)),
+    "average pool": (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (2, 3, 9, 11)),
+    "dropout": (nn.Dropout(0.3), (4, 51)),
+    "relu": (nn.ReLU(), (4, 51)),
+    "relu, in place": (nn.ReLU(inplace=True), (4, 51)),
+    "leaky relu": (nn.LeakyReLU(), (4, 51)),
+    "relu6, in place": (nn.ReLU6(inplace=True), (4, 51)),
+    "hardtanh": (nn.Hardtanh(), (4, 51)),
+    "hardsigmoid": (nn.Hardsigmoid(), (4, 51)),
+    "hardswish": (nn.Hardswish(), (4, 51)),
+    "sigmoid": (nn.Sigmoid(), (4, 51)),
+    "tanh": (nn.Tanh(), (4, 51)),
+    "elu": (nn.ELU(), (4, 51)),
+    "mish": (nn.Mish(), (4, 51)),
+    "softplus": (nn.Softplus(), (4, 51)),
+    "gelu": (nn.GELU(), (4, 51)),
+    "gelu, tanh": (nn.GELU("tanh"), (4, 51)),
+    "silu": (nn.SiLU(), (4, 51)),
+    "silu, in place": (nn.SiLU(inplace=True), (4, 51)),
+}
+PAIRS = [
+    pytest.param(layer, METHODS[name], id=f"{layer}-{name}")
+    for layer in LAYERS
+    for name in METHODS
+    if METHODS[name].replacement("0", LAYERS[layer][0]) is not None
+]
+
+
+def pair(layer, method):
+    """(stock, ours): networks of one layer."""
+    stock = nn.Sequential(copy.deepcopy(LAYERS[layer][0]))
+    stock.train(LAYERS[layer][0].training)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, method)
+    return stock, ours
+
+
+def run(net, x, call=lambda net, x: net(x)):
+    """(output, gradients of input and parameters, None where there is none), or the error's type."""
+    torch.manual_seed(1)
+    net.zero_grad()
+    leaf = x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex())
+    y = call(net, leaf * 1)  # * 1: in-place layers may not touch a leaf
+    if y.requires_grad:
+        (y.abs() if y.is_complex() else y).sum().backward()
+    return y.detach(), [leaf.grad, *(p.grad for p in net.parameters())]
+
+
+def assert_same(stock, ours, x, exact=True, **options):
+    """Either both fail with the same type of error, or outputs and, if `exact`, gradients are equal."""
+    try:
+        expected = run(stock, x, **options)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        with pytest.raises(type(error)):
+            run(ours, x, **options)
+        return
+    y, gradients = run(ours, x, **options)
+    assert torch.equal(y, expected[0])
+    for i, (got, gradient) in enumerate(zip(gradients, expected[1], strict=True)):
+        assert (got is None) == (gradient is None), i
+        if gradient is not None and exact:
+            torch.testing.assert_close(got, gradient, msg=lambda m, i=i: f"gradient {i}: {m}")
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_a_batch_of_nothing(layer, method):
+    stock, ours = pair(layer, method)
+    shape = LAYERS[layer][1]
+    assert_same(stock, ours, torch.empty(0, *shape[1:]))
+    if len(shape) == 4:
+        assert_same(stock, ours, torch.empty(*shape[:3], 0))
+    if layer == "linear, tokens":
+        assert_same(stock, ours, torch.empty(shape[0], 0, shape[2]))
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_complex_inputs_are_stock(layer, method):
+    stock, ours = pair(layer, method)
+    if any(True for _ in stock.parameters()):
+        stock, ours = stock.to(torch.complex64), ours.to(torch.complex64)
+    assert_same(stock, ours, torch.randn(LAYERS[layer][1], dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_an_input_of_no_dimension_or_of_integers_is_stock(layer, method):
+    stock, ours = pair(layer, method)
+    assert_same(stock, ours, torch.tensor(0.7), exact=not isinstance(method, FewBit))  # one element is as good as many
+    stock, ours = pair(layer, method)
+    assert_same(stock, ours, torch.ones(LAYERS[layer][1], dtype=torch.long))
+
+
+@pytest.mark.parametrize("layer", ["linear", "relu", "leaky relu", "sigmoid", "tanh", "layer norm"])
+def test_sparse_inputs_are_stock(layer):
+    stock, ours = pair(layer, Division())
+
+    def outcome(net):
+        x = (
+            torch.randn(LAYERS[layer][1], generator=torch.Generator().manual_seed(2))
+            .relu()
+            .to_sparse()
+            .requires_grad_()
+        )
+        try:
+            y = net(x)
+            (y.to_dense() if y.is_sparse else y).sum().backward()
+        except (RuntimeError, NotImplementedError) as error:
+            return type(error)
+        return [t.to_dense() for t in (y.detach(), x.grad, *(p.grad for p in net.parameters()))]
+
+    expected, got = outcome(stock), outcome(ours)
+    if isinstance(expected, type):
+        assert got is expected
+    else:
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
+@pytest.mark.parametrize(
+    "layer",
+    ["linear", "layer norm", "RMS norm", "relu", "relu, in place", "gelu", "silu", "sigmoid", "tanh", "dropout"],
+)
+def test_nested_inputs_are_stock(layer, layout):
+    width = LAYERS[layer][1][-1]
+    method = FewBit() if layer in ("gelu", "silu") else Division()
+    results = []
+    for net in pair(layer, method):
+        torch.manual_seed(2)
+        x = torch.nested.nested_tensor(
+            [torch.randn(length, width) for length in (3, 1, 4)], layout=layout, requires_grad=True
+        )
+        try:
+            y = net(x * 1)
+            torch.cat([part.flatten() for part in y.unbind()]).square().sum().backward()
+        except (RuntimeError, NotImplementedError) as error:
+            results.append(type(error))
+            continue
+        parts = [*y.detach().unbind(), *x.grad.unbind(), *(p.grad for p in net.parameters())]
+        results.append(torch.cat([part.flatten() for part in parts]))
+    expected, got = results
+    if isinstance(expected, type):
+        assert got is expected
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+class Labelled(torch.Tensor):
+    """A subclass of a user's."""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_subclasses_of_tensors_stay_what_they_are(layer):
+    method = next(m for m in METHODS.values() if m.replacement("0", LAYERS[layer][0]) is not None)
+    results = []
+    for net in pair(layer, method):
+        torch.manual_seed(1)
+        x = torch.randn(LAYERS[layer][1]).as_subclass(Labelled).requires_grad_()
+        y = net(x * 1)
+        y.sum().backward()
+        results.append((type(y), y.detach(), x.grad is None))
+    assert results[0][0] is results[1][0]
+    assert torch.equal(*(y for _, y, _ in results))
+    assert results[0][2] == results[1][2]
+
+
+def test_the_arguments_of_layers_and_functions_have_the_names_of_stock():
+    for name in [*layers.__all__, "GELU", "SiLU"]:
+        ours, stock = getattr(layers, name, getattr(activations, name, None)), getattr(nn, name, None)
+        if stock is not None:
+            assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(stock.forward).parameters)
+    for name in (
+        "relu",
+        "leaky_relu",
+        "relu6",
+        "hardtanh",
+        "hardsigmoid",
+        "dropout",
+        "elu",
+        "mish",
+        "hardswish",
+        "silu",
+    ):
+        ours, stock = getattr(layers, name, getattr(activations, name, None)), getattr(F, name)
+        own = {"codec", "derivative", "origin"}
+        got = {n: p.default for n, p in inspect.signature(ours).parameters.items() if n not in own}
+        assert got == {n: p.default for n, p in inspect.signature(stock).parameters.items()}, name
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_the_input_as_a_keyword(layer, method):
+    stock, ours = pair(layer, method)
+    (name,) = list(inspect.signature(stock[0].forward).parameters)
+    x = torch.randn(LAYERS[layer][1])
+    by_name, by_position = copy.deepcopy(ours), ours  # the same noise
+    y, gradients = run(by_name, x, call=lambda net, x: net[0](**{name: x}))
+    y_expected, expected = run(by_position, x, call=lambda net, x: net[0](x))
+    assert torch.equal(y, y_expected)
+    assert torch.equal(y, run(stock, x)[0])
+    assert all(torch.equal(*both) for both in zip(gradients, expected, strict=True))
+
+
+class Keywords(nn.Module):
+    def forward(self, x):
+        y = F.relu(input=x) + torch.relu(input=x) + F.gelu(input=x, approximate="tanh") + F.silu(input=x)
+        y = y + F.leaky_relu(input=x, negative_slope=0.3) + F.hardtanh(input=x, min_val=-0.5, max_val=2.0)
+        y = y + torch.sigmoid(input=x) + torch.tanh(input=x) + F.elu(input=x, alpha=0.5) + F.softplus(input=x, beta=2)
+        y = y + F.dropout(input=x, p=0.3, training=self.training) + F.hardswish(input=x) + F.mish(input=x)
+        return F.max_pool2d(input=y, kernel_size=2) + F.avg_pool2d(input=y, kernel_size=2, stride=2)
+
+
+@pytest.mark.parametrize(
+    "method", [Division(), actpress.compose(FewBit(), Quantize()), Inverted()], ids=["D", "FQ", "I"]
+)
+def test_functions_called_with_keywords(method):
+    stock, x = Keywords(), torch.randn(2, 3, 8, 10)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, method)
+    outputs = []
+    for net in (stock, ours):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        y.sum().backward()
+        outputs.append((y.detach(), leaf.grad))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert (outputs[0][1] - outputs[1][1]).abs().max() < 0.5  # five derivatives in 4 bits, GELU and SiLU in 3
+
+
+ACTIVATIONS = {  # in place -> the method that replaces it
+    "relu": (nn.ReLU(inplace=True), F.relu, Division()),
+    "leaky_relu": (nn.LeakyReLU(inplace=True), F.leaky_relu, Division()),
+    "relu6": (nn.ReLU6(inplace=True), F.relu6, Division()),
+    "hardtanh": (nn.Hardtanh(inplace=True), F.hardtanh, Division()),
+    "hardsigmoid": (nn.Hardsigmoid(inplace=True), F.hardsigmoid, Quantize()),
+    "hardswish": (nn.Hardswish(inplace=True), F.hardswish, Division()),
+    "elu": (nn.ELU(inplace=True), F.elu, Division()),
+    "mish": (nn.Mish(inplace=True), F.mish, Quantize()),
+    "silu, few-bit": (nn.SiLU(inplace=True), F.silu, FewBit()),
+    "silu, inverted": (nn.SiLU(inplace=True), F.silu, Inverted()),
+}
+
+
+class InPlace(nn.Module):
+    """One activation, in place, in all situations."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.scales = nn.Parameter(torch.randn(6))
+        self.layer, self.function = copy.deepcopy(layer), function
+
+    def forward(self, x):
+        dropped, dropped_function, again, before, view, part = (x * scale for scale in self.scales)
+        self.layer(dropped)  # changes its input
+        self.function(dropped_function, inplace=True)
+        again = self.layer(again) + 2 * again
+        before = 2 * before + self.layer(before)
+        self.layer(view.flatten(1))
+        self.layer(part[:, 1:3])
+        return torch.cat([dropped, dropped_function, again, before, view, part])
+
+
+COMPILED = [
+    ("relu", "eager"),
+    ("relu", "aot_eager"),
+    ("elu", "eager"),
+    ("silu, few-bit", "aot_eager"),
+]  # one of each kind
+
+
+@pytest.mark.parametrize("name,mode", [*((name, "not compiled") for name in ACTIVATIONS), *COMPILED])
+def test_an_activation_in_place_changes_its_input(name, mode):
+    layer, function, method = ACTIVATIONS[name]
+    stock, x = InPlace(layer, function), torch.randn(2, 3, 5, 7)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, method)
+    torch._dynamo.reset()
+    results = []
+    for net in (stock, ours if mode == "not compiled" else torch.compile(ours, backend=mode)):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        y.sum().backward()
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    expected, got = (gradient for _, gradient in results)
+    assert (got - expected).norm() < 0.2 * expected.norm()  # derivatives in 3 or 4 bits
+
+
+def serialised(tensor):
+    file = io.BytesIO()
+    torch.save({"tensor": tensor}, file)
+    file.seek(0)
+    return torch.load(file)["tensor"]
+
+
+WAYS = {"torch.save": serialised, "pickle": lambda t: pickle.loads(pickle.dumps(t)), "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_that_went_through_layers_can_be_stored(method, way):
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Tanh()),
+        *(nn.GELU(), nn.Flatten(2), nn.Linear(80, 64), nn.LayerNorm(64), nn.RMSNorm(64), nn.ReLU6()),
+    )
+    actpress.apply(net, METHODS[method])
+    x = torch.randn(2, 3, 8, 10)
+    tensors = [x]
+    for layer in net:
+        tensors.append(layer(tensors[-1]))
+    for tensor in tensors:
+        tensor = tensor if tensor.is_leaf or way != "deepcopy" else tensor.detach()
+        assert torch.equal(WAYS[way](tensor), tensor)
+    tensors[-1].sum().backward()
+    assert torch.equal(WAYS[way](x), x)
+    assert vars(x) == {}
+
+
+class Query(nn.Module):
+    """Learned tokens, read by a layer; a map, so that every method has a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(2, 3, 8, 16))
+        self.conv, self.act, self.project = nn.Conv2d(3, 3, 1), nn.GELU(), nn.Linear(16, 16)
+
+    def forward(self):
+        return self.act(self.conv(self.query)) + self.act(self.query) + self.project(self.query)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_is_a_layers_input_can_be_stored(method):
+    net = Query()
+    actpress.apply(net, METHODS[method])
+    net().sum().backward()
+    for way in WAYS.values():
+        assert torch.equal(way(net.query), net.query)
+    assert torch.equal(copy.deepcopy(net).query, net.query)
+    assert torch.equal(pickle.loads(pickle.dumps(net)).query, net.query)
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_the_upstream_gradient_is_left_as_it_is_and_may_lie_anyhow(layer, method):
+    _, ours = pair(layer, method)
+    x = torch.randn(LAYERS[layer][1])
+
+    def gradients(dy_of):
+        torch.manual_seed(1)
+        net, leaf = copy.deepcopy(ours), x.clone().requires_grad_()
+        y = net(leaf * 1)
+        dy = dy_of(y.detach())
+        before = dy.clone()
+        y.backward(dy)
+        assert torch.equal(dy, before)
+        return [leaf.grad, *(p.grad for p in net.parameters())]
+
+    def noise(y):
+        return torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+
+    layouts = {
+        "transposed": lambda y: noise(y).transpose(0, -1).contiguous().transpose(0, -1),
+        "every second": lambda y: torch.stack([noise(y)] * 2, -1)[..., 0],
+        "channels_last": lambda y: noise(y).to(memory_format=torch.channels_last) if y.dim() == 4 else noise(y),
+    }
+    expected = gradients(noise)
+    for name, layout in layouts.items():
+        for got, gradient in zip(gradients(layout), expected, strict=True):
+            torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    ones = gradients(torch.ones_like)
+    for got, gradient in zip(gradients(lambda y: torch.ones(()).expand_as(y)), ones, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pickle", "eval and back", "half and back"])
+def test_a_network_goes_on_saving(name):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    actpress.apply(net, Division())
+    x = torch.randn(2, 3, 8, 8)
+    before = measure.saved_bytes(lambda: net(x).sum())
+    if name == "pickle":
+        net = pickle.loads(pickle.dumps(net))
+    elif name == "eval and back":
+        net.eval()
+        net(x)
+        net.train()
+    else:
+        net.bfloat16()
+        net(x.bfloat16())
+        net.float()
+    assert measure.saved_bytes(lambda: net(x).sum()) == before
+
+
+MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
+MODULES += (nn.GroupNorm, nn.RMSNorm, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ReLU6)
+MODULES += (
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.ELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.GELU,
+    nn.SiLU,
+)
+
+
+def module_samples(cls):
+    """PyTorch's own inputs of a module: (constructor's arguments, forward's arguments)."""
+    pytest.importorskip("expecttest", reason="PyTorch's database of modules needs the package expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(info for info in module_db if info.module_cls is cls)
+    for training in (True, False):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for sample in info.module_inputs_func(info, "cpu", dtype, True, training):
+                yield training, dtype, sample.constructor_input, sample.forward_input
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
+def test_the_module_database_of_pytorch(cls):
+    chosen = [m for name, m in METHODS.items() if m.replacement("0", cls.__new__(cls)) is not None]
+    assert chosen
+    for training, dtype, made_of, given in module_samples(cls):
+        stock = nn.Sequential(cls(*made_of.args, **made_of.kwargs)).to(dtype).train(training)
+        for method in chosen:
+            ours = copy.deepcopy(stock)
+            actpress.apply(ours, method)
+            results = []
+            for net in (stock, ours):
+                torch.manual_seed(1)
+                net.zero_grad()
+                args = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in given.args]
+                kwargs = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in given.kwargs.items()}
+                y = net[0](*args, **kwargs)
+                y = y[0] if isinstance(y, tuple) else y
+                y.float().sum().backward()
+                results.append((y.detach(), [a.grad for a in args] + [p.grad for p in net.parameters()]))
+            (y_stock, expected), (y, got) = results
+            where = f"{made_of.kwargs}, {dtype}, training={training}, {method}"
+            assert torch.equal(y, y_stock), where
+            for gradient, stock_gradient in zip(got, expected, strict=True):
+                assert (gradient is None) == (stock_gradient is None), where
+                if gradient is not None:
+                    assert (gradient.dtype, gradient.shape) == (stock_gradient.dtype, stock_gradient.shape), where
+                    assert gradient.isfinite().all(), where
