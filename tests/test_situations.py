@@ -448,7 +448,7 @@ def test_a_network_goes_on_saving(name):
 
 
 MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
-MODULES += (nn.GroupNorm, nn.RMSNorm, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ReLU6)
+MODULES += (nn.GroupNorm, nn.RMSNorm, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.LeakyReLU, nn.ReLU6)
 MODULES += (
     nn.Hardtanh,
     nn.Hardsigmoid,
