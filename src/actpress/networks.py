@@ -1,12 +1,14 @@
 """Public networks at small inputs, and what `actpress.check` measures on each under a method: the table `networks`.
 
-Weights are drawn at random, nothing is downloaded. Inputs are noise, targets are drawn: what is measured is bytes, gradients against
-exact ones, and time, none of which needs a network that knows anything. Weights "trained" are those of AdamW on the batch itself once
+Weights are drawn at random, nothing is downloaded. Images are crops of the two photographs that come with scikit-learn, targets are drawn:
+what is measured is bytes, gradients against exact ones, and time, none of which needs a network that knows anything. But it needs images
+that are smooth as images are: white noise is the hardest case for what keeps means of blocks. Weights "trained" are those of AdamW on the batch itself once
 the loss has halved: activations and gradients have left the initial distribution by then, and the gradient is not yet noise.
 
 NETWORKS: name -> Network. Shapes of a batch: images_NCHW float32, clips_NCTHW float32, ids_NL int64, targets_N int64.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from actpress import cli, swap
@@ -37,7 +40,7 @@ class Network(NamedTuple):
 
 
 def measure(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of one row of the table, by its metrics' names. Without a number: words, "matches nothing" or "".
+    """The numbers of one row of the table, by its metrics' names. Without a number: "matches nothing", "", "nan" or "inf".
 
     row: network, of NETWORKS; method, of configs/method; draws, steps, as `check` has them; seed, of weights and inputs; weights, of
     WEIGHTS, "initial" by default. Raises ValueError for others, and what `check` raises.
@@ -54,19 +57,17 @@ def measure(row: Mapping[str, Any]) -> dict[str, Any]:
             found = check(model, method, batch, draws=row["draws"], steps=row["steps"])
         except swap.NothingMatches:
             return {"saved": NOTHING, "cosine": "", "size": "", "step": "", "note": ""}
-    return {
-        "saved": found.ratio,
-        "cosine": found.cosine,
-        "size": found.norm_ratio,
-        "step": found.step_ratio,
-        "note": note(found, method),
-    }
+    numbers = {"saved": found.ratio, "cosine": found.cosine, "size": found.norm_ratio, "step": found.step_ratio}
+    words = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}  # JSON has no NaN
+    return numbers | words | {"note": note(found, method)}
 
 
 def note(found: Check, method: swap.Method) -> str:
     """What `apply` and `check` warn of, in words; "" for nothing."""
     words = []
-    if not 1 / LARGEST_SIZE <= found.norm_ratio <= LARGEST_SIZE:
+    if not math.isfinite(found.cosine) or not math.isfinite(found.norm_ratio):
+        words.append("gradient not finite")
+    elif not 1 / LARGEST_SIZE <= found.norm_ratio <= LARGEST_SIZE:
         words.append(f"size not within {LARGEST_SIZE:g} of exact")
     if found.cosine < LEAST_COSINE:
         words.append(f"cosine under {LEAST_COSINE:g}")
@@ -118,12 +119,39 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return output.loss if hasattr(output, "loss") else torch.stack(list(output.values())).sum()
 
 
+@lru_cache
+def _photographs() -> list[Tensor]:
+    """[3, 427, 640] in 0 .. 1."""
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+
+
+def _crop(noise: torch.Generator, width: int, side: int = 213) -> Tensor:
+    """A crop of side x side pixels of a photograph, scaled to [3, width, width]."""
+    photographs = _photographs()
+    photograph = photographs[torch.randint(len(photographs), (), generator=noise)]
+    top, left = (int(torch.randint(size - side, (), generator=noise)) for size in photograph.shape[1:])
+    crop = photograph[None, :, top : top + side, left : left + side]
+    return nn.functional.interpolate(crop, size=(width, width), mode="bilinear", antialias=True)[0]
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 in each channel of the batch, as networks expect images."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    return (x - x.mean(axes, keepdim=True)) / x.std(axes, keepdim=True)
+
+
 def _images(number: int = 8, width: int = 64) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
-    return lambda noise: (torch.randn(number, 3, width, width, generator=noise), _classes(number, noise))
+    def batch(noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        return _normalised(torch.stack([_crop(noise, width) for _ in range(number)])), _classes(number, noise)
+
+    return batch
 
 
 def _clips(noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 3, 4, 32, 32, generator=noise), _classes(4, noise)
+    """Four clips of four frames: a crop that moves by a pixel from frame to frame."""
+    wide = torch.stack([_crop(noise, 36) for _ in range(4)])
+    frames = [wide[..., frame : frame + 32, frame : frame + 32] for frame in range(4)]
+    return _normalised(torch.stack(frames, dim=2)), _classes(4, noise)
 
 
 def _classes(number: int, noise: torch.Generator) -> Tensor:
@@ -132,7 +160,7 @@ def _classes(number: int, noise: torch.Generator) -> Tensor:
 
 def _detection(noise: torch.Generator) -> dict[str, Any]:
     boxes = torch.tensor([[10.0, 10, 60, 60], [30, 40, 100, 110]])
-    images = [torch.rand(3, 128, 128, generator=noise) for _ in range(2)]
+    images = [_crop(noise, 128) for _ in range(2)]
     return {"images": images, "targets": [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]}
 
 
