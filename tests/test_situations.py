@@ -447,20 +447,12 @@ def test_a_network_goes_on_saving(name):
     assert measure.saved_bytes(lambda: net(x).sum()) == before
 
 
-MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
-MODULES += (nn.GroupNorm, nn.RMSNorm, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.LeakyReLU, nn.ReLU6)
-MODULES += (
-    nn.Hardtanh,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.ELU,
-    nn.Mish,
-    nn.Softplus,
-    nn.GELU,
-    nn.SiLU,
-)
+MODULES = [
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish, nn.Softplus),
+    *(nn.GELU, nn.SiLU),
+]
 
 
 def module_samples(cls):
