@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import actpress
 from actpress import measure
-from actpress.methods import Division, Frequency, Pooling, Quantize
+from actpress.methods import Division, FewBit, Frequency, Inverted, Pooling, Quantize
 
-pytestmark = pytest.mark.filterwarnings("ignore:actpress.*saves:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:actpress.*saves:UserWarning", "ignore:these activations:UserWarning")
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "float64", "bfloat16", "float16")]
@@ -244,3 +244,62 @@ def test_compiled(name):
     (y_stock, expected), (y, got) = run(stock, x), run(torch.compile(ours, backend="aot_eager"), x)
     torch.testing.assert_close(y, y_stock)  # decompositions round otherwise
     assert (got - expected).abs().max() <= (1e-6 if name in BENT else 0.3)
+
+
+ACTIVATIONS = {  # in place -> the method that replaces it
+    "relu": (nn.ReLU(inplace=True), F.relu, Division()),
+    "leaky_relu": (nn.LeakyReLU(inplace=True), F.leaky_relu, Division()),
+    "relu6": (nn.ReLU6(inplace=True), F.relu6, Division()),
+    "hardtanh": (nn.Hardtanh(inplace=True), F.hardtanh, Division()),
+    "hardsigmoid": (nn.Hardsigmoid(inplace=True), F.hardsigmoid, Quantize()),
+    "hardswish": (nn.Hardswish(inplace=True), F.hardswish, Division()),
+    "elu": (nn.ELU(inplace=True), F.elu, Division()),
+    "mish": (nn.Mish(inplace=True), F.mish, Quantize()),
+    "silu, few-bit": (nn.SiLU(inplace=True), F.silu, FewBit()),
+    "silu, inverted": (nn.SiLU(inplace=True), F.silu, Inverted()),
+}
+
+
+class InPlace(nn.Module):
+    """One activation, in place, in all situations."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.scales = nn.Parameter(torch.randn(6))
+        self.layer, self.function = copy.deepcopy(layer), function
+
+    def forward(self, x):
+        dropped, dropped_function, again, before, view, part = (x * scale for scale in self.scales)
+        self.layer(dropped)  # changes its input
+        self.function(dropped_function, inplace=True)
+        again = self.layer(again) + 2 * again
+        before = 2 * before + self.layer(before)
+        self.layer(view.flatten(1))
+        self.layer(part[:, 1:3])
+        return torch.cat([dropped, dropped_function, again, before, view, part])
+
+
+COMPILED = [
+    ("relu", "eager"),
+    ("relu", "aot_eager"),
+    ("elu", "eager"),
+    ("silu, few-bit", "aot_eager"),
+]  # one of each kind
+
+
+@pytest.mark.parametrize("name,mode", [*((name, "not compiled") for name in ACTIVATIONS), *COMPILED])
+def test_an_activation_in_place_changes_its_input(name, mode):
+    layer, function, method = ACTIVATIONS[name]
+    stock, x = InPlace(layer, function), torch.randn(2, 3, 5, 7)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, method)
+    torch._dynamo.reset()
+    results = []
+    for net in (stock, ours if mode == "not compiled" else torch.compile(ours, backend=mode)):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        y.sum().backward()
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    expected, got = (gradient for _, gradient in results)
+    assert (got - expected).norm() < 0.2 * expected.norm()  # derivatives in 3 or 4 bits
