@@ -2,8 +2,10 @@
 
 Weights are drawn at random, nothing is downloaded. Images are crops of the two photographs that come with scikit-learn, targets are drawn:
 what is measured is bytes, gradients against exact ones, and time, none of which needs a network that knows anything. But it needs images
-that are smooth as images are: white noise is the hardest case for what keeps means of blocks. Weights "trained" are those of AdamW on the batch itself once
-the loss has halved: activations and gradients have left the initial distribution by then, and the gradient is not yet noise.
+that are smooth as images are: white noise is the hardest case for what keeps means of blocks.
+
+Weights "trained" are those of AdamW on the batch itself once the loss has halved: activations and gradients have left the initial
+distribution by then, and the gradient is not yet noise.
 
 NETWORKS: name -> Network. Shapes of a batch: images_NCHW float32, clips_NCTHW float32, ids_NL int64, targets_N int64.
 """
@@ -208,6 +210,7 @@ def _transformers(model: str, config: str, batch: Callable[[torch.Generator], An
 _FASTER_RCNN = {
     "weights": None,
     "weights_backbone": None,
+    "trainable_backbone_layers": 5,
     "min_size": 128,
     "max_size": 128,
     "rpn_pre_nms_top_n_train": 100,
@@ -256,7 +259,7 @@ NETWORKS: Mapping[str, Network] = {
     "resnet18": _torchvision("resnet18", _images()),
     "r3d_18": _torchvision("video.r3d_18", _clips),
     "densenet121": _torchvision("densenet121", _images()),
-    "fasterrcnn_mobilenet": _torchvision("detection.fasterrcnn_mobilenet_v3_large_fpn", _detection, **_FASTER_RCNN),
+    "fasterrcnn_resnet50": _torchvision("detection.fasterrcnn_resnet50_fpn", _detection, **_FASTER_RCNN),
     "vit": _transformers("ViTForImageClassification", "ViTConfig", _labelled_images, **_VIT),
     "bert": _transformers("BertForSequenceClassification", "BertConfig", _labelled_text, **_SMALL_TEXT, **_SMALL_BERT),
     "gpt2": _transformers("GPT2LMHeadModel", "GPT2Config", _text, **_SMALL_TEXT, n_layer=4, n_embd=128, n_head=4),
