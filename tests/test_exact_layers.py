@@ -234,7 +234,7 @@ def test_functional_forms(name, method):
     assert after < before / 7
 
 
-@pytest.mark.parametrize("name", ["leaky relu", "relu6", "hardtanh", "hardsigmoid", "elu", "mish", "hardswish"])
+@pytest.mark.parametrize("name", ["leaky relu", "hardsigmoid", "mish", "hardswish"])
 def test_compiled(name):
     layer, _ = {**BENT, **SMOOTH}[name]
     inplace = hasattr(layer, "inplace")
