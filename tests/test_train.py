@@ -155,11 +155,11 @@ def test_a_loss_that_is_not_finite_in_the_last_step_ends_the_run(tmp_path, monke
     assert finished["message"] == "the training loss is not finite: epoch 3, at most 12 steps done"
 
 
-def test_an_empty_test_set_is_named(tmp_path):
-    cfg = config(tmp_path)
-    data = types.SimpleNamespace(train=[0], test=[], num_classes=10)
-    with pytest.raises(ValueError, match="test set is empty"):
-        engine.Trainer(cfg, nn.Linear(1, 1), data, CPU)
+def test_an_empty_test_set_is_named(tmp_path, monkeypatch):
+    images = types.SimpleNamespace(train=[0], test=[], num_classes=10)
+    monkeypatch.setattr(run.data, "create", lambda *args, **kwargs: images)
+    with pytest.raises((ValueError, run.InputError), match="test set is empty"):
+        run.run(config(tmp_path))
 
 
 @pytest.mark.parametrize(

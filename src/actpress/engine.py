@@ -106,8 +106,6 @@ class Trainer:
         recipe, runtime = cfg.recipe, cfg.runtime
         if len(data.train) == 0:
             raise ValueError(f"recipe.batch_size={recipe.batch_size} is larger than the training set: no whole batch")
-        if len(data.test) == 0:
-            raise ValueError("the test set is empty; data must hold at least one test image")
         self.model, self.data, self.device = model, data, device
         self.batch_size, self.clip_grad = recipe.batch_size, recipe.clip_grad
         self.channels_last, self.progress, self.compiled = runtime.channels_last, runtime.progress, runtime.compile

@@ -154,6 +154,8 @@ def _build(
     gc.collect()  # the previous run of a sweep, before this one asks for memory
     engine.set_backend(cfg.runtime)
     images = data.create(cfg.data, cfg.recipe, device=device, seed=cfg.seed, workers=cfg.runtime.workers)
+    if len(images.test) == 0:
+        raise ValueError("the test set is empty; data must hold at least one test image")
     engine.seed_everything(cfg.seed)
     model = hydra.utils.instantiate(cfg.model)
     if hasattr(model, "example_input"):
