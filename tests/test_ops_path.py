@@ -44,7 +44,7 @@ CASES = {
     "max pool ceil dilated": Case(lambda: nn.MaxPool2d((2, 3), (2, 1), 1, (1, 2), ceil_mode=True), (1, 3, 8, 9), Division()),
     "max pool large window": Case(lambda: nn.MaxPool2d(17), (1, 2, 35, 40), Division()),
     "max pool unbatched": Case(lambda: nn.MaxPool2d(2), (6, 9, 7), Division()),
-    "division": Case(convolutions, (2, 3, 11, 10), Division(bits=8), noisy=True),
+    "division": Case(convolutions, (4, 3, 11, 10), Division(bits=8), noisy=True),
     "division of tokens": Case(lambda: nn.Linear(12, 7), (2, 19, 12), Division(bits=8), noisy=True),
     "quantize": Case(convolutions, (2, 3, 11, 10), Quantize(rounding="nearest")),
     "quantize groups": Case(convolutions, (2, 3, 11, 10), Quantize(rounding="nearest", grouping="group", size=32)),
