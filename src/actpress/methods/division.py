@@ -38,16 +38,7 @@ from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
 from actpress.kernels.layout import is_channels_last
 from actpress.methods.quantize import derivative_codec, token_norm_codec
-from actpress.methods.rules import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    CURVED,
-    TOKEN_NORMS,
-    curved_functions,
-    exact,
-    exact_functions,
-    with_codec,
-)
+from actpress.methods.rules import all_functions, all_layers, exact, exact_functions, with_codec
 from actpress.swap import Method, Replacement
 
 
@@ -148,14 +139,7 @@ class Division(Method):
             return with_codec((nn.Conv2d, nn.BatchNorm2d), maps) | exact()
         maps = DivisionCodec(self.block, self.bits, self.align, self.lfc, relu_mask=self.relu_mask)
         tokens = DivisionCodec(self.block, self.bits, self.align, self.lfc, "tokens", self.relu_mask)
-        return {
-            **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm), maps),
-            **with_codec((nn.Linear,), tokens),
-            **with_codec(TOKEN_NORMS, token_norm_codec(self.bits)),
-            **with_codec(CURVED, derivative_codec(self.bits)),
-            **exact(),
-        }
+        return all_layers(maps, tokens, token_norm_codec(self.bits), derivative_codec(self.bits))
 
     def functions(self) -> Mapping[str, Callable]:
-        curved = {} if self.align == "authors" else curved_functions(derivative_codec(self.bits))
-        return exact_functions() | curved
+        return exact_functions() if self.align == "authors" else all_functions(derivative_codec(self.bits))

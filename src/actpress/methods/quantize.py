@@ -30,16 +30,7 @@ from actpress.kernels import lloyd_max
 from actpress.kernels.bits import BITS
 from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
-from actpress.methods.rules import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    CURVED,
-    TOKEN_NORMS,
-    curved_functions,
-    exact,
-    exact_functions,
-    with_codec,
-)
+from actpress.methods.rules import all_functions, all_layers
 from actpress.swap import Method, Replacement
 
 ROUNDING = ("stochastic", "nearest")
@@ -137,19 +128,15 @@ class Quantize(Method):
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding, self.relu_mask)
-        rules = {
-            **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm, nn.Linear), codec),
-            **with_codec(TOKEN_NORMS, token_norm_codec(self.bits, self.grouping, self.size)),
-            **with_codec(CURVED, derivative_codec(self.bits)),
-            **exact(),
-        }
+        token_norms = token_norm_codec(self.bits, self.grouping, self.size)
+        rules = all_layers(codec, codec, token_norms, derivative_codec(self.bits))
         if self.levels == "normal":
             normal = NormalCodec(lloyd_max.normal_levels(self.bits), self.rounding, self.relu_mask)
             rules[nn.BatchNorm2d] = Replacement(layers.BatchNorm2d, normal)
         return rules
 
     def functions(self) -> Mapping[str, Callable]:
-        return exact_functions() | curved_functions(derivative_codec(self.bits))
+        return all_functions(derivative_codec(self.bits))
 
 
 def token_norm_codec(bits: int, grouping: str = "sample", size: int = 256) -> QuantizeCodec:

@@ -42,7 +42,19 @@ def exact_functions(but: tuple[type[nn.Module], ...] = ()) -> dict[str, Callable
     return {name: getattr(layers, name) for layer in EXACT if layer not in but for name in EXACT[layer]}
 
 
-def curved_functions(codec: Codec) -> dict[str, Callable]:
-    """The functional forms of CURVED."""
+def all_layers(maps: Codec, linear: Codec, token_norms: Codec, curved: Codec) -> Rules:
+    """Every layer that keeps something: inputs of convolutions and norms of maps, of linear layers and of norms of tokens, and the
+    derivatives of smooth activations, each by its codec; the others exact from masks."""
+    return {
+        **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm), maps),
+        **with_codec((nn.Linear,), linear),
+        **with_codec(TOKEN_NORMS, token_norms),
+        **with_codec(CURVED, curved),
+        **exact(),
+    }
+
+
+def all_functions(curved: Codec) -> dict[str, Callable]:
+    """The functional forms of exact and smooth activations, of dropout and of pooling."""
     names = (*(layer.__name__.lower() for layer in CURVED), "sigmoid_", "tanh_", "elu_")
-    return {name: partial(getattr(layers, name), codec=codec) for name in names}
+    return exact_functions() | {name: partial(getattr(layers, name), codec=curved) for name in names}
