@@ -178,8 +178,10 @@ def keep_normalised(
 
 
 def maps_shape(shape: torch.Size) -> torch.Size:
-    """How inputs of 1-d to 3-d layers are viewed as maps [N, C, H, W]: [N, C], a row for each sample; [N, C, L], rows; [N, C, D, H, W], the
-    frames below each other."""
+    """The shape [N, C, H, W] in which codecs see the input of a 1-d to 3-d layer.
+
+    [N, C] is a row for each sample, [N, C, L] a row for each channel; the frames of [N, C, D, H, W] lie below each other.
+    """
     if len(shape) == 2:
         return torch.Size((shape[0], 1, 1, shape[1]))
     if len(shape) == 3:

@@ -30,7 +30,7 @@ NEVER_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)  # nn.Multih
 
 
 class Calling(layers.Extended):
-    """A library's layer under whose own forward one function is ours."""
+    """A layer of a library. Its own forward runs; the call of one function in it is handed to ours."""
 
     calls: tuple[str, Callable]  # name of the function, and ours
     function_rules: Mapping[str, Callable] = {}  # others, as for functional.intercept

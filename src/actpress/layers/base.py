@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def origin(self) -> str:
-        """Who this is, for messages."""
+        """The layer's type, name and method, for messages."""
         kind = type(self).__name__
         return kind if self._actpress is None else f"{kind} {self._actpress.name!r} under {self._actpress.method}"
 
@@ -87,7 +87,7 @@ def records(x: Any, *tensors: Tensor | None) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether a transform runs that an autograd Function of ours would break or be broken by; says so."""
+    """Returns whether a transform runs that cannot look into our autograd Functions. Warns if so."""
     transform = _running_transform()
     if transform is None:
         return False
@@ -125,7 +125,7 @@ def probe_of(x: Tensor) -> Tensor:
 
 
 def differentiating_twice() -> bool:
-    """Called in a backward: will its result be differentiated, as create_graph=True says?"""
+    """Returns whether the gradients that a backward computes now will be differentiated again (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
