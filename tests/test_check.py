@@ -77,12 +77,13 @@ class Reversed(Doubled):
 @pytest.mark.parametrize("layer,cosine,size", [(Doubled, 1, 2), (Reversed, -1, 1)], ids=["size", "direction"])
 def test_wrong_gradients_are_warned_of(layer, cosine, size):
     class Wrong(Method):
+        closer = "a layer that is right"
+
         def rules(self):
             return {nn.Linear: Replacement(layer)}
 
-    with pytest.warns(
-        UserWarning, match=rf"under Wrong the gradient of Linear has cosine {cosine:.3f} and {size:.3f} times"
-    ):
+    told = rf"under Wrong the gradient of Linear has cosine {cosine:.3f} and {size:.3f} times .*; closer with a layer that is right"
+    with pytest.warns(UserWarning, match=told):
         found = actpress.check(nn.Linear(6, 3), Wrong(), torch.randn(4, 6), steps=1)
     assert not found.is_faithful and "FAR FROM EXACT" in str(found)
     assert (found.cosine, found.norm_ratio) == pytest.approx((cosine, size))

@@ -108,13 +108,18 @@ def test_a_gradient_that_is_not_finite_is_a_word(monkeypatch):
     assert found["note"] == "gradient not finite; lowest cosine: nan, a.weight"
 
 
+def test_other_keys_are_options_of_the_method():
+    row = {"network": "mobilenetv3_small_100", "method": "quantize"} | ONE
+    assert networks.measure(row | {"bits": 8})["saved"] < networks.measure(row)["saved"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"network": "resnet17"}, "network=resnet17, allowed: vit_tiny, .*resnet18"),
         ({"weights": "best"}, "weights=best, allowed: initial, trained"),
         ({"method": "nosuch"}, "nosuch"),
-        ({"batch": 4}, "batch, allowed: network, method"),
+        ({"method": "division", "batch": 4}, "no key 'method.batch'; allowed under method: align, bits"),
         ({"draws": 0}, "draws=0, allowed: integers from 1"),
     ],
 )

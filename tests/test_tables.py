@@ -60,6 +60,15 @@ def test_rows_expand_over_the_sweep(small):
     assert small.cells[3].paper == {"saved_bytes": 2.0}
 
 
+def test_a_row_that_has_the_swept_label_itself_is_one_cell(tmp_path):
+    row = "  - labels: {method: division, batch: largest}\n    overrides: [method=division, recipe.batch_size=8]\n"
+    (tmp_path / "small.yaml").write_text(SMALL + row)
+    *swept, last = tables.load(tmp_path, "small").cells
+    assert len(swept) == 6
+    assert last.labels == {"method": "division", "batch": "largest"}
+    assert last.overrides == ("model=resnet20", "method=division", "recipe.batch_size=8")
+
+
 def test_rows_of_a_fidelity_table_expand_over_networks(tmp_path):
     text = """
 title: A title

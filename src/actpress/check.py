@@ -143,9 +143,10 @@ def check(
         step_ratio, draws, gradients, saving.dense_items(after), report.untouched, *peaks,
     )  # fmt: skip
     if not result.is_faithful:
+        closer = f"; closer with {method.closer}" if method.closer else ""
         warnings.warn(
             f"actpress: under {result.method} the gradient of {result.model} has cosine {result.cosine:.3f} and "
-            f"{result.norm_ratio:.3f} times the size of the exact one; lowest: {gradients[0].name} ({gradients[0].cosine:.3f})",
+            f"{result.norm_ratio:.3f} times the size of the exact one; lowest: {gradients[0].name} ({gradients[0].cosine:.3f}){closer}",
             stacklevel=2,
         )
     return result

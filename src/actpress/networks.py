@@ -30,6 +30,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CLASSES, TOKENS, VOCABULARY = 10, 64, 100
 STEPS, LEARNING_RATE = 100, 1e-4  # of weights "trained": at most
 WEIGHTS = ("initial", "trained")
+KEYS = {"network", "method", "draws", "steps", "seed", "weights"}  # of a row of the table; others are options of its method
 NOTHING = "matches nothing"
 
 
@@ -45,13 +46,12 @@ def measure(row: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one row of the table, by its metrics' names. Without a number: "matches nothing", "", "nan" or "inf".
 
     row: network, of NETWORKS; method, of configs/method; draws, steps, as `check` has them; seed, of weights and inputs; weights, of
-    WEIGHTS, "initial" by default. Raises ValueError for others, and what `check` raises.
+    WEIGHTS, "initial" by default; whatever else it has is an option of the method. Raises ValueError for a name or option that is none,
+    and what `check` raises.
     """
-    unknown = row.keys() - {"network", "method", "draws", "steps", "seed", "weights"}
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}, allowed: network, method, draws, steps, seed, weights")
+    options = [f"method.{name}={row[name]}" for name in row.keys() - KEYS]
     model, batch = made(row["network"], row["seed"], row.get("weights", WEIGHTS[0]))
-    method = hydra.utils.instantiate(cli.compose([f"method={row['method']}"], CONFIGS).method)
+    method = hydra.utils.instantiate(cli.compose([f"method={row['method']}", *options], CONFIGS).method)
     torch.manual_seed(row["seed"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of apply and check: the note says the same

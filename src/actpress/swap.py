@@ -50,6 +50,7 @@ class Method:
     """Base of all methods: says for each module what replaces it. Most only map types, in `rules`."""
 
     changes_model = True  # False: matching nothing is not an error
+    closer = ""  # which of its options bring the gradient closer to the exact one; `check` says so where it is far
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         """Stock layer type -> its replacement."""
@@ -86,6 +87,10 @@ class Composition(Method):
     @property
     def changes_model(self) -> bool:
         return any(method.changes_model for method in self.methods)
+
+    @property
+    def closer(self) -> str:
+        return ", ".join(dict.fromkeys(method.closer for method in self.methods if method.closer))
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         return {layer: ours for method in reversed(self.methods) for layer, ours in method.rules().items()}

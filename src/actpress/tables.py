@@ -187,13 +187,13 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 
 
 def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics: Mapping[str, Metric]) -> list[Cell]:
-    """One row of the file -> one cell for each value of the (single) swept label."""
+    """One row of the file -> one cell for each value of the (single) swept label, or one if the row has that label itself."""
     paper = row.get("paper", {})
     for metric in paper:
         _allowed(name, "paper metric", metric, metrics)
     overrides = (*common, *row.get("overrides", ()))
     requires = tuple(_listed(row.get("requires", ())))
-    if not sweep:
+    if not sweep or sweep.keys() <= row["labels"].keys():
         return [Cell(row["labels"], overrides, paper, requires)]
     ((label, swept),) = sweep.items()
     for metric, numbers in paper.items():

@@ -115,6 +115,8 @@ class Division(Method):
     Raises ValueError on other values.
     """
 
+    closer = "more bits"
+
     block: int = 8
     bits: int = 2
     align: str = "ceil"

@@ -57,6 +57,8 @@ class FewBit(Method):
     Raises ValueError on other values.
     """
 
+    closer = "more bits"
+
     bits: int = 3
     forward: str = "stock"
 

@@ -74,6 +74,8 @@ class Frequency(Method):
     Raises ValueError on other values.
     """
 
+    closer = "more bits"
+
     block: int = 8
     bits: int = 2
     parts: str = "both"

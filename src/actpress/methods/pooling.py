@@ -73,6 +73,8 @@ class Pooling(Method):
     Raises ValueError on other values.
     """
 
+    closer = "a smaller block"
+
     block: int = 2
     align: str = "ceil"
     relu: str = "mask"

@@ -76,6 +76,8 @@ class BlockPruning(Method):
     Raises ValueError on other values. Lists are taken for tuples.
     """
 
+    closer = "a lower sparsity"
+
     sparsity: float = 0.8
     block: tuple[int, int] = (8, 8)
     select: str = "topk"

@@ -106,6 +106,8 @@ class Quantize(Method):
     Raises ValueError on other values.
     """
 
+    closer = "more bits"
+
     bits: int = 2
     grouping: str = "channel"
     size: int = 256
