@@ -1,5 +1,5 @@
 # Every target sets itself up: on a fresh clone it first creates $(VENV) and installs the pinned versions.
-# Settings:  PYTHON=python3.12  VENV=.venv  TABLE=division_memory  DRY=1  PUBLISH=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
+# Settings:  PYTHON=python3.12  VENV=.venv  WORKERS=2  TABLE=division_memory  DRY=1  PUBLISH=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
 # of gpu-battery:    BUDGET=540  PROFILE=tiny  OUT=DIR  DRY=1        of import-results:    FILE=battery-DEVICE.tar.gz
 # of wheelhouse:     WHEELS_PYTHON=3.12  WHEELHOUSE=DIR  WHEELS="..."
 
@@ -18,9 +18,10 @@ BUDGET  = 540
 PROFILE = full
 OUT     = outputs/battery
 FILE    =
+WORKERS = 2
 
 # What a GPU node without a network may lack beside PyTorch, torchvision, timm and what these come with; setuptools builds actpress there.
-WHEELS ?= hydra-core omegaconf antlr4-python3-runtime hypothesis pytest-timeout setuptools tabulate
+WHEELS ?= hydra-core omegaconf antlr4-python3-runtime hypothesis pytest-timeout pytest-xdist execnet setuptools tabulate
 WHEELS_PYTHON ?= 3.12
 WHEELHOUSE ?= wheelhouse
 WHEELS_FOR := --python-version $(WHEELS_PYTHON) --implementation cp $(foreach tag,1 2014 _2_17 _2_27 _2_28 _2_31 _2_34,--platform manylinux$(tag)_x86_64)
@@ -29,6 +30,7 @@ BIN   := $(VENV)/bin
 RUN   := $(BIN)/python
 STAMP := $(VENV)/.actpress-installed
 PYTEST := $(RUN) -m pytest
+PARALLEL := -n $(WORKERS) --dist worksteal
 DRY_OVERRIDE := $(if $(filter 1 true yes,$(DRY)),dry=true)
 PUBLISH_OVERRIDE := $(if $(filter 1 true yes,$(PUBLISH)),publish=true)
 
@@ -72,11 +74,11 @@ wheelhouse: $(STAMP) ## fill wheelhouse/ with the wheels install-offline needs: 
 	$(RUN) -m pip download --quiet --disable-pip-version-check --only-binary=:all: $(WHEELS_FOR) --find-links $(WHEELHOUSE) -c constraints.txt -d $(WHEELHOUSE) $(WHEELS)
 	@du -ah $(WHEELHOUSE)
 
-test: $(STAMP) ## run the quick tests
-	$(PYTEST) $(ARGS)
+test: $(STAMP) ## run the quick tests, WORKERS=2 at a time (0: in this process, for a debugger)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP) ## run the slow tests too (all but those that need a GPU)
-	$(PYTEST) -m 'not gpu' $(ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRITON_INTERPRET=0 $(PYTEST) -m gpu $(ARGS)

@@ -15,7 +15,7 @@ from hypothesis import settings
 from actpress.kernels import verify
 
 ROOT = Path(__file__).resolve().parents[1]
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # in each of several test processes one
 
 # Also for the processes that tests start; a caller's own setting wins.
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
