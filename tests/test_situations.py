@@ -48,6 +48,7 @@ LAYERS = {
     "conv 2d, reflect": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 9, 11)),
     "conv 3d": (nn.Conv3d(3, 4, 3), (2, 3, 6, 7, 8)),
     "batch norm 1d": (nn.BatchNorm1d(3), (20, 3)),
+    "batch norm 1d, sequences": (nn.BatchNorm1d(3), (4, 3, 20)),
     "batch norm 2d": (nn.BatchNorm2d(3), (4, 3, 9, 11)),
     "batch norm 2d, eval": (nn.BatchNorm2d(3).eval(), (4, 3, 9, 11)),
     "batch norm 2d, not affine": (nn.BatchNorm2d(3, affine=False), (4, 3, 9, 11)),
@@ -128,6 +129,57 @@ def test_a_batch_of_nothing(layer, method):
         assert_same(stock, ours, torch.empty(*shape[:3], 0))
     if layer == "linear, tokens":
         assert_same(stock, ours, torch.empty(shape[0], 0, shape[2]))
+
+
+CHANGES = {  # of an output: in place, and the same out of place
+    "all": (lambda y: y.mul_(2), lambda y: y * 2),
+    "a view": (lambda y: y.transpose(0, -1).mul_(2), lambda y: y * 2),
+    "a part": (lambda y: y[:1].zero_(), lambda y: torch.cat([y[:1] * 0, y[1:]])),
+    "relu": (F.relu_, F.relu),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_an_output_changed_in_place(layer, method, change):
+    stock, ours = pair(layer, method)
+    in_place, out_of_place = CHANGES[change]
+
+    def changed(net, x):
+        y = net(x)
+        in_place(y)
+        return y
+
+    x = torch.randn(LAYERS[layer][1])
+    try:
+        run(stock, x, changed)
+    except RuntimeError:  # stock keeps its output
+        return
+    ours(x)  # the first pass is watched
+    again = copy.deepcopy(ours)
+    if isinstance(method, Inverted):  # so does this one
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run(ours, x, changed)
+        return
+    y, gradients = run(ours, x, changed)
+    expected, exact = run(again, x, lambda net, x: out_of_place(net(x)))
+    assert torch.equal(y, expected)
+    for got, gradient in zip(gradients, exact, strict=True):
+        assert (got is None and gradient is None) or torch.equal(got, gradient)
+
+
+@pytest.mark.parametrize("layer", [name for name in LAYERS if "in place" not in name])
+@pytest.mark.parametrize("method", ["quantize", "few-bit"])
+def test_an_output_changed_in_place_compiled(layer, method):
+    if METHODS[method].replacement("0", LAYERS[layer][0]) is None:
+        return
+    _, ours = pair(layer, METHODS[method])
+    x = torch.randn(LAYERS[layer][1])
+    y, _ = run(ours, x, lambda net, x: net(x) * 2)
+    compiled = torch.compile(lambda net, x: net(x).mul_(2), backend="aot_eager")
+    got, gradients = run(ours, x, compiled)
+    torch.testing.assert_close(got, y)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("layer,method", PAIRS)

@@ -124,6 +124,17 @@ def probe_of(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
+def own(y: Tensor) -> Tensor:
+    """y, which a stock operation just made, as an output of a Function that returns a probe beside it.
+
+    Some operations return a view of a tensor that nobody else has: F.linear of [N, L, F], F.conv1d. Autograd would not let anyone
+    change such an output in place.
+    """
+    if not torch.compiler.is_compiling() and not y._is_view():  # a traced tensor cannot tell
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 def differentiating_twice() -> bool:
     """Returns whether the gradients that a backward computes now will be differentiated again (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

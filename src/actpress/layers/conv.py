@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape
-from actpress.layers.base import Layer, compute_dtype, probe_of, records, refuse, shape_only
+from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse, shape_only
 
 STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -26,7 +26,7 @@ class _Conv(Function):
         probe = probe_of(x)
         ctx.save_for_backward(weight, probe, *kept)
         y = STOCK[x.dim() - 2](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):

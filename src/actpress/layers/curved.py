@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from actpress.codec import Codec, Like
 from actpress.kernels.layout import is_channels_last
-from actpress.layers.base import Layer, probe_of, records, refuse
+from actpress.layers.base import Layer, own, probe_of, records, refuse
 from actpress.layers.exact import into
 
 
@@ -67,7 +67,7 @@ class _Curved(Function):
         ctx.codec, ctx.origin, ctx.name, ctx.options = codec, origin, name, options
         probe = probe_of(x)
         ctx.save_for_backward(probe, *((source,) if ctx.dense else kept))
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):

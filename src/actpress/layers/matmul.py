@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from actpress.codec import Codec, Context, keep, tokens_shape
-from actpress.layers.base import Layer, compute_dtype, probe_of, records, refuse
+from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse
 
 
 class _Linear(Function):
@@ -25,7 +25,7 @@ class _Linear(Function):
         probe = probe_of(x)
         ctx.save_for_backward(weight, probe, *kept)
         y = torch.addmm(bias, x, weight) if transposed else F.linear(x, weight, bias)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy_O, _):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from actpress.codec import Codec, Context, keep_normalised, maps_shape
 from actpress.kernels.layout import dense
-from actpress.layers.base import Extended, Layer, differentiating_twice, probe_of, records, refuse, shape_only
+from actpress.layers.base import Extended, Layer, differentiating_twice, own, probe_of, records, refuse, shape_only
 
 
 class _BatchNorm(Function):
@@ -46,7 +46,7 @@ class _BatchNorm(Function):
             ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
         probe = probe_of(x)
         ctx.save_for_backward(weight, mean, invstd, probe, *kept)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -154,7 +154,7 @@ class _LayerNorm(Function):
         ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, rows)
         probe = probe_of(x)
         ctx.save_for_backward(weight, bias, None if ctx.normalised else mean, rstd, probe, *kept)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -214,7 +214,7 @@ class _GroupNorm(Function):
         ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
         probe = probe_of(x)
         ctx.save_for_backward(weight, None if ctx.normalised else mean, rstd, probe, *kept)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -277,7 +277,7 @@ class _RMSNorm(Function):
         ctx.like, kept, ctx.normalised = keep_normalised(codec, x, lambda: wide * rstd, context, rows)
         probe = probe_of(x)
         ctx.save_for_backward(weight, rstd, probe, *kept)
-        return y, probe
+        return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
