@@ -183,6 +183,19 @@ def test_an_output_changed_in_place_compiled(layer, method):
 
 
 @pytest.mark.parametrize("layer,method", PAIRS)
+def test_several_gradients_at_once_are_those_of_one_after_the_other(layer, method):
+    _, ours = pair(layer, method)
+    x = torch.randn(LAYERS[layer][1], requires_grad=True)
+    ours(x * 1)  # the first pass is watched
+    y = ours(x * 1)
+    inputs, dys = [x, *ours.parameters()], torch.randn(3, *y.shape)
+    one_by_one = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+    at_once = torch.autograd.grad(y, inputs, dys, is_grads_batched=True)
+    for i, got in enumerate(at_once):
+        torch.testing.assert_close(got, torch.stack([found[i] for found in one_by_one]))
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
 def test_complex_inputs_are_stock(layer, method):
     stock, ours = pair(layer, method)
     if any(True for _ in stock.parameters()):
