@@ -27,6 +27,7 @@ from markupsafe import Markup
 
 import table_pages
 from actpress import cli, fidelity, headlines, record, tables
+from actpress.run import InputError
 from table_rows import Place
 
 matplotlib.use("svg")
@@ -56,7 +57,11 @@ def check() -> list[str]:
     found = [fault for name in names for fault in table_pages.faults(tables.load(TABLES, name), place)]
     extra = [path for path in sorted((RESULTS / "tables").glob("*.*")) if path.stem not in (*names, "index")]
     found += [f"{path.stem}: {path.name} belongs to no table of configs/tables; delete it" for path in extra]
-    pages = table_pages.indexes(TABLES, place) | {RESULTS / "report.html": render()}
+    pages = table_pages.indexes(TABLES, place)
+    try:
+        pages[RESULTS / "report.html"] = render()
+    except InputError as error:
+        found.append(str(error))
     for path, text in pages.items():
         if not path.is_file() or path.read_text() != text:
             found.append(f"{path.relative_to(ROOT)} is not what the tables and records give; make report")
@@ -85,7 +90,7 @@ def write_overviews() -> list[Path]:
 
 
 def render() -> str:
-    """The page, the same for the same results."""
+    """The page, the same for the same results. Raises InputError where the record of a run that a page shows is gone."""
     pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -113,7 +118,12 @@ def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(run_id: str) -> dict[str, Any]:
-    return record.read(RESULTS / "runs" / f"{run_id}.json")
+    path = RESULTS / "runs" / f"{run_id}.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path.relative_to(ROOT)} is gone, which a page shows; get it back, or reproduce its table again"
+        )
+    return record.read(path)
 
 
 def head(table: tables.Table) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from actpress import cli, record, tables, terminal
+from actpress.run import InputError
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -280,6 +281,18 @@ def test_trained_rows_come_from_their_records_and_an_older_default_is_stale(proj
     assert found[0] == (
         f"training: none, seed 0 is stale: the page shows {old}, and today's configuration has no record"
     )
+
+
+def test_a_record_that_is_gone_is_named(project):
+    root = project("training", "function")
+    write_runs(root, 90.0)
+    reproduce_table.main(["training"])
+    gone = record.run_id(table_rows.compose(load(root, "training").cells[0], 0))
+    (root / "results" / "runs" / f"{gone}.json").unlink()
+    assert report.check()[-1].startswith(f"results/runs/{gone}.json is gone")
+    with pytest.raises(InputError, match=rf"results/runs/{gone}.json is gone"):
+        reproduce_table.main(["function"])
+    assert (root / "results" / "tables" / "function.md").is_file()
 
 
 def test_the_plan_says_what_it_costs_where_that_is_known(project):
