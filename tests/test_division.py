@@ -42,8 +42,8 @@ def test_tokens_are_averaged_along_the_sequence(shape):
     actpress.apply(net, Division(bits=2))
     n, length, features = shape
     means = n * -(-length // 64) * features  # of blocks of 64 tokens, as many as an 8x8 block has
-    bounds = n * features
-    assert measure.saved_bytes(lambda: net(x).sum()) == 2 * means + packed_bytes(x.numel(), 2) + 4 * bounds
+    codes = 2 * means + packed_bytes(x.numel(), 2) + 4 * n * features  # bounds of each feature
+    assert measure.saved_bytes(lambda: net(x).sum()) == codes + 2 * n * length  # a scale for each token
 
 
 def test_a_map_of_one_pixel_stays_dense():

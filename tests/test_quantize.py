@@ -12,6 +12,7 @@ from actpress.kernels.bits import packed_bytes
 from actpress.kernels.lloyd_max import normal_levels
 from actpress.methods import Quantize
 from actpress.methods.quantize import NormalCodec, QuantizeCodec
+from actpress.methods.tokens import ScaledTokens
 
 
 def convnet():
@@ -23,7 +24,7 @@ def test_normal_levels_are_for_batch_norms_alone():
     actpress.apply(net, Quantize(levels="normal"))
     kinds = {type(module).__name__: type(module.codec) for module in net.modules() if hasattr(module, "codec")}
     assert kinds.pop("BatchNorm2d") is NormalCodec
-    assert set(kinds) == {"Conv2d", "Linear", "LayerNorm"} and set(kinds.values()) == {QuantizeCodec}
+    assert kinds == {"Conv2d": QuantizeCodec, "Linear": ScaledTokens, "LayerNorm": QuantizeCodec}
 
 
 @pytest.mark.parametrize("levels", ["affine", "normal"])

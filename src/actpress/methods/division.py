@@ -21,9 +21,9 @@ rounding is stochastic. Input gradients of convolutions and linears, bias gradie
 kernels/division.py.
 
 Linear inputs [..., L, F] are not in the official CNN code. As in its T5 sibling, means run over blocks of tokens; bounds are those of each
-feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Inputs of LayerNorm and
-RMSNorm have bounds of their own for each token, and no means: 1 / deviation would amplify what a small token lost in the steps of large
-ones.
+feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Tokens are scaled to one
+size before, so that large ones do not widen the bounds of small ones (methods/tokens.py). Inputs of LayerNorm and RMSNorm have bounds of
+their own for each token, and no means: 1 / deviation would amplify what a small token lost in the steps of large ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,6 +39,7 @@ from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, enco
 from actpress.kernels.layout import is_channels_last
 from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import all_functions, all_layers, exact, exact_functions, with_codec
+from actpress.methods.tokens import ScaledTokens
 from actpress.swap import Method, Replacement
 
 
@@ -141,7 +142,7 @@ class Division(Method):
             return with_codec((nn.Conv2d, nn.BatchNorm2d), maps) | exact()
         maps = DivisionCodec(self.block, self.bits, self.align, self.lfc, relu_mask=self.relu_mask)
         tokens = DivisionCodec(self.block, self.bits, self.align, self.lfc, "tokens", self.relu_mask)
-        return all_layers(maps, tokens, token_norm_codec(self.bits), derivative_codec(self.bits))
+        return all_layers(maps, ScaledTokens(tokens), token_norm_codec(self.bits), derivative_codec(self.bits))
 
     def functions(self) -> Mapping[str, Callable]:
         return exact_functions() if self.align == "authors" else all_functions(derivative_codec(self.bits))

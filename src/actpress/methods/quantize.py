@@ -4,7 +4,8 @@ The idea, common to ActNN (arXiv 2104.14129), GACT (2206.11357) and Mesa (2111.1
 activation, as long as it is right on average. It is DIVISION without its low-frequency part: what a map costs less, and whether the
 block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp32; we keep
 
-    inputs of convolutions, Linear, norms of maps    Q + 32 / (elements of a group) bits per element
+    inputs of convolutions and norms of maps         Q + 32 / (elements of a group) bits per element
+    inputs of Linear                                 the same of tokens scaled to one size, and 16 bits a token (methods/tokens.py)
     inputs of norms of tokens (LayerNorm, RMSNorm)   4 bits, or Q if that is more, between each token's bounds
     ReLU and its kin (layers.exact), Dropout         1 bit per element, exact
     MaxPool2d                                        8 bits per output, exact
@@ -31,6 +32,7 @@ from actpress.kernels.bits import BITS
 from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
 from actpress.methods.rules import all_functions, all_layers
+from actpress.methods.tokens import ScaledTokens
 from actpress.swap import Method, Replacement
 
 ROUNDING = ("stochastic", "nearest")
@@ -131,7 +133,7 @@ class Quantize(Method):
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding, self.relu_mask)
         token_norms = token_norm_codec(self.bits, self.grouping, self.size)
-        rules = all_layers(codec, codec, token_norms, derivative_codec(self.bits))
+        rules = all_layers(codec, ScaledTokens(codec), token_norms, derivative_codec(self.bits))
         if self.levels == "normal":
             normal = NormalCodec(lloyd_max.normal_levels(self.bits), self.rounding, self.relu_mask)
             rules[nn.BatchNorm2d] = Replacement(layers.BatchNorm2d, normal)
