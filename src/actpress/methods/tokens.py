@@ -32,11 +32,12 @@ class ScaledTokens(Codec):
         return self.codec.relu_mask
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = wide.square().mean(-1, keepdim=True).sqrt().to(torch.bfloat16)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = (norm / x.shape[-1] ** 0.5).to(torch.bfloat16)
         usable = scale.isfinite() & (scale >= torch.finfo(scale.dtype).tiny)
         scale = torch.where(usable, scale, torch.ones_like(scale))
-        kept = (scale, *self.codec.encode((wide / scale).to(x.dtype), context))
+        kept = (scale, *self.codec.encode((x / scale).to(x.dtype), context))
         return (x,) if len(kept) == 2 or _bytes(*kept) >= _bytes(x) else kept
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
