@@ -12,7 +12,7 @@ from actpress.kernels.bits import packed_bytes
 from actpress.kernels.lloyd_max import normal_levels
 from actpress.methods import Quantize
 from actpress.methods.quantize import NormalCodec, QuantizeCodec
-from actpress.methods.tokens import ScaledTokens
+from actpress.methods.scaled_tokens import ScaledTokens
 
 
 def convnet():

@@ -11,7 +11,7 @@ import actpress
 from actpress.codec import Context, Like
 from actpress.methods import Division, Quantize
 from actpress.methods.quantize import QuantizeCodec
-from actpress.methods.tokens import ScaledTokens
+from actpress.methods.scaled_tokens import ScaledTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:actpress.*saves:UserWarning")
 

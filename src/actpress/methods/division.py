@@ -22,7 +22,7 @@ kernels/division.py.
 
 Linear inputs [..., L, F] are not in the official CNN code. As in its T5 sibling, means run over blocks of tokens; bounds are those of each
 feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Tokens are scaled to one
-size before, so that large ones do not widen the bounds of small ones (methods/tokens.py). Inputs of LayerNorm and RMSNorm have bounds of
+size before, so that large ones do not widen their bounds (methods/scaled_tokens.py). Inputs of LayerNorm and RMSNorm have bounds of
 their own for each token, and no means: 1 / deviation would amplify what a small token lost in the steps of large ones.
 """
 
@@ -39,7 +39,7 @@ from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, enco
 from actpress.kernels.layout import is_channels_last
 from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import all_functions, all_layers, exact, exact_functions, with_codec
-from actpress.methods.tokens import ScaledTokens
+from actpress.methods.scaled_tokens import ScaledTokens
 from actpress.swap import Method, Replacement
 
 

@@ -5,7 +5,7 @@ activation, as long as it is right on average. It is DIVISION without its low-fr
 block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp32; we keep
 
     inputs of convolutions and norms of maps         Q + 32 / (elements of a group) bits per element
-    inputs of Linear                                 the same of tokens scaled to one size, and 16 bits a token (methods/tokens.py)
+    inputs of Linear                                 the same of tokens scaled to one size, and 16 bits a token (methods/scaled_tokens.py)
     inputs of norms of tokens (LayerNorm, RMSNorm)   4 bits, or Q if that is more, between each token's bounds
     ReLU and its kin (layers.exact), Dropout         1 bit per element, exact
     MaxPool2d                                        8 bits per output, exact
@@ -32,7 +32,7 @@ from actpress.kernels.bits import BITS
 from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
 from actpress.methods.rules import all_functions, all_layers
-from actpress.methods.tokens import ScaledTokens
+from actpress.methods.scaled_tokens import ScaledTokens
 from actpress.swap import Method, Replacement
 
 ROUNDING = ("stochastic", "nearest")
