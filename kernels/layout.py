@@ -6,6 +6,7 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x [N, C, H, W] lies in memory as NHWC. A tensor that fits both orders counts as NCHW."""
+    # torch.vmap, by which is_grads_batched works, cannot be asked for a memory format
     return x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
 
 

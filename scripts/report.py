@@ -27,7 +27,7 @@ from markupsafe import Markup
 
 import table_pages
 from actpress import cli, fidelity, headlines, record, tables
-from actpress.run import InputError
+from actpress.run import InputError, bad_input
 from table_rows import Place
 
 matplotlib.use("svg")
@@ -90,7 +90,7 @@ def write_overviews() -> list[Path]:
 
 
 def render() -> str:
-    """The page, the same for the same results. Raises InputError where the record of a run that a page shows is gone."""
+    """The page, the same for the same results. Raises InputError where the record of a run that a page shows is gone or damaged."""
     pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -118,12 +118,8 @@ def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(run_id: str) -> dict[str, Any]:
-    path = RESULTS / "runs" / f"{run_id}.json"
-    if not path.is_file():
-        raise InputError(
-            f"{path.relative_to(ROOT)} is gone, which a page shows; get it back, or reproduce its table again"
-        )
-    return record.read(path)
+    with bad_input():
+        return record.read(RESULTS / "runs" / f"{run_id}.json")
 
 
 def head(table: tables.Table) -> list[str]:

@@ -283,14 +283,17 @@ def test_trained_rows_come_from_their_records_and_an_older_default_is_stale(proj
     )
 
 
-def test_a_record_that_is_gone_is_named(project):
+@pytest.mark.parametrize(
+    ("damage", "message"), [(Path.unlink, "no record at"), (lambda path: path.write_text("{"), "")]
+)
+def test_a_record_that_is_gone_or_damaged_is_named(project, damage, message):
     root = project("training", "function")
     write_runs(root, 90.0)
     reproduce_table.main(["training"])
-    gone = record.run_id(table_rows.compose(load(root, "training").cells[0], 0))
-    (root / "results" / "runs" / f"{gone}.json").unlink()
-    assert report.check()[-1].startswith(f"results/runs/{gone}.json is gone")
-    with pytest.raises(InputError, match=rf"results/runs/{gone}.json is gone"):
+    path = root / "results" / "runs" / f"{record.run_id(table_rows.compose(load(root, 'training').cells[0], 0))}.json"
+    damage(path)
+    assert any(message in line and str(path) in line for line in report.check())
+    with pytest.raises(InputError, match=f"{message}.*{path}"):
         reproduce_table.main(["function"])
     assert (root / "results" / "tables" / "function.md").is_file()
 

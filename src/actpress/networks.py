@@ -30,14 +30,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CLASSES, TOKENS, VOCABULARY = 10, 64, 100
 STEPS, LEARNING_RATE = 100, 1e-4  # of weights "trained": at most
 WEIGHTS = ("initial", "trained")
-KEYS = {
-    "network",
-    "method",
-    "draws",
-    "steps",
-    "seed",
-    "weights",
-}  # of a row of the table; others are options of its method
+# Keys of a row of the table; others are options of its method.
+KEYS = {"network", "method", "draws", "steps", "seed", "weights"}
 NOTHING = "matches nothing"
 
 

@@ -125,10 +125,10 @@ def probe_of(x: Tensor) -> Tensor:
 
 
 def own(y: Tensor) -> Tensor:
-    """y, which a stock operation just made, as an output of a Function that returns a probe beside it.
+    """Returns y, which a stock operation just made, as a tensor that may be changed in place.
 
-    Some operations return a view of a tensor that nobody else has: F.linear of [N, L, F], F.conv1d. Autograd would not let anyone
-    change such an output in place.
+    Some operations return a view of a tensor that nobody else holds: F.linear of [N, L, F], F.conv1d. Autograd forbids changing a view
+    in place if the Function has more than one output, such as a probe.
     """
     if not torch.compiler.is_compiling() and not y._is_view():  # a traced tensor cannot tell
         return y

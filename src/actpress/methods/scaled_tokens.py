@@ -1,8 +1,10 @@
-"""Inputs of linear layers: tokens of one size each, and how large they were.
+"""Inputs of linear layers are coded as tokens of one size, and the size of each token is kept beside them.
 
-A token is small beside others in attention's output, behind a convolution, or where a class token starts near zero. Between bounds that
-it shares with large tokens it would be lost, and its share of the weight gradient x^T dy with it: whatever normalises the token later makes
-its dy as much larger as the token is smaller. So tokens are divided by their root mean square before they are coded, at 16 bits a token.
+A small token is lost in a code whose bounds it shares with large ones. Its error then dominates the weight gradient x^T dy, for a norm
+behind the layer makes dy larger by as much as the token is smaller. A class token is often small beside the patches. So each token is
+divided by its root mean square before it is coded, and multiplied by it after decoding. The root mean square takes 16 bits a token.
+
+Source: none, this is ours.
 """
 
 from dataclasses import dataclass
@@ -16,12 +18,13 @@ from actpress.kernels.rounding import saturated
 
 @dataclass(frozen=True)
 class ScaledTokens(Codec):
-    """Tokens [N, L, F], each divided by its root mean square (bf16 [N, L, 1]), as `codec` keeps them; dense where that would be no smaller.
+    """Keeps tokens [N, L, F] as `codec` keeps them once each is divided by its root mean square (bf16 [N, L, 1]).
 
-    A token whose root mean square is zero, too small or not finite stays as it is.
+    The tensor is kept dense where the code would be no smaller. A token stays as it is where its root mean square is zero, below 2^-126 or
+    not finite.
     """
 
-    codec: Codec
+    codec: Codec  # of tokens, such as QuantizeCodec
 
     @property
     def shared(self) -> bool:
