@@ -27,7 +27,7 @@ from markupsafe import Markup
 
 import table_pages
 from actpress import cli, fidelity, headlines, record, tables
-from actpress.run import InputError, bad_input
+from actpress.run import bad_input
 from table_rows import Place
 
 matplotlib.use("svg")
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
         return cli.BAD_INPUT
-    found = check() if arguments else write()
+    with bad_input():  # a record that is gone or damaged
+        found = check() if arguments else write()
     print("\n".join(found) if found else "all pages fit the records")
     return 1 if found else 0
 
@@ -57,11 +58,7 @@ def check() -> list[str]:
     found = [fault for name in names for fault in table_pages.faults(tables.load(TABLES, name), place)]
     extra = [path for path in sorted((RESULTS / "tables").glob("*.*")) if path.stem not in (*names, "index")]
     found += [f"{path.stem}: {path.name} belongs to no table of configs/tables; delete it" for path in extra]
-    pages = table_pages.indexes(TABLES, place)
-    try:
-        pages[RESULTS / "report.html"] = render()
-    except InputError as error:
-        found.append(str(error))
+    pages = table_pages.indexes(TABLES, place) | {RESULTS / "report.html": render()}
     for path, text in pages.items():
         if not path.is_file() or path.read_text() != text:
             found.append(f"{path.relative_to(ROOT)} is not what the tables and records give; make report")
@@ -82,15 +79,16 @@ def write() -> list[str]:
 
 
 def write_overviews() -> list[Path]:
-    """Write the pages over all tables where they changed. Returns these."""
+    """Write the pages over all tables where they changed. Returns these. Raises InputError for a record that is gone or damaged."""
     changed = [
         path for page in table_pages.indexes(TABLES, Place(RESULTS)).items() for path in table_pages.write_text(*page)
     ]
-    return [*changed, *table_pages.write_text(RESULTS / "report.html", render())]
+    with bad_input():
+        return [*changed, *table_pages.write_text(RESULTS / "report.html", render())]
 
 
 def render() -> str:
-    """The page, the same for the same results. Raises InputError where the record of a run that a page shows is gone or damaged."""
+    """The page, the same for the same results. Raises ValueError where the record of a run that a page shows is gone or damaged."""
     pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -118,8 +116,7 @@ def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(run_id: str) -> dict[str, Any]:
-    with bad_input():
-        return record.read(RESULTS / "runs" / f"{run_id}.json")
+    return record.read(RESULTS / "runs" / f"{run_id}.json")
 
 
 def head(table: tables.Table) -> list[str]:
