@@ -6,15 +6,18 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from actpress import checkpoint, engine, logger, measure, record, run
 from training import (
@@ -134,6 +137,53 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     cfg.resume = True  # the old run is gone: nothing is complete any more
     assert run.run(cfg)["status"] == "ok"
     assert "is complete" not in capsys.readouterr().out
+
+
+def folder_of_images(root, shade: int):
+    """Two classes of CIFAR-10's layout, 8 training images and 4 test images each."""
+    for split, count in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            for index in range(count):
+                path = root / split / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng(index).integers(shade, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+    return root
+
+
+FOLDER = ("data=cifar10", "data.source=folder", "data.num_classes=2", "data.train_size=16", "data.test_size=8")
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "unfinished"])
+def test_a_run_on_a_folder_is_not_taken_for_one_on_another(tmp_path, complete):
+    """The same names and counts: the images alone differ."""
+    first, other = (folder_of_images(tmp_path / name, shade) for name, shade in (("a", 9), ("b", 200)))
+    cfg, with_other = (config(tmp_path, *FOLDER, "recipe.batch_size=8", f"data.root={root}") for root in (first, other))
+    assert record.run_id(cfg) == record.run_id(with_other)
+    with nullcontext() if complete else interrupt(3, KeyError("power cut")), suppress(KeyError):
+        run.run(cfg)
+    files = run.files_of(cfg)
+    before = files.record.read_bytes(), files.checkpoint.read_bytes()
+    with pytest.raises(run.InputError, match=r"was trained on .*, but the data are .*; restore those data") as caught:
+        run.run(with_other)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(other)
+    with pytest.raises(run.InputError, match=f"data.root {re.escape(str(other))} is not a directory"):
+        run.run(with_other)
+    assert before == (files.record.read_bytes(), files.checkpoint.read_bytes())
+    first.rename(other)
+    assert run.run(with_other)["status"] == "ok"  # the same images elsewhere
+
+
+def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path):
+    cfg = config(tmp_path, *FOLDER, "recipe.batch_size=8", f"data.root={folder_of_images(tmp_path / 'a', 9)}")
+    with interrupt(3, KeyError("power cut")), suppress(KeyError):
+        run.run(cfg)
+    path = run.files_of(cfg).checkpoint
+    state = torch.load(path, weights_only=True)
+    assert len(state["data"].pop("fingerprint")) == 16
+    torch.save(state, path)
+    assert run.run(cfg)["resumes"] == 1
 
 
 def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_path, capsys):

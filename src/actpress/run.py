@@ -71,6 +71,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if cfg.resume and files.checkpoint.exists():
                 state = checkpoint.load(files.checkpoint, name, device)
                 if state["record"]:
+                    if cfg.data.source == "folder":  # other data are what the config says, wherever they lie
+                        _check_data(state["data"], data.open_images(cfg.data).facts)
                     return _complete(cfg, name, files, state)
             trainer, about = _build(cfg, device, state)
             _prepare(cfg, files, anew=state is None)
@@ -165,14 +167,9 @@ def _build(
     report = swap.apply(model, hydra.utils.instantiate(cfg.method))
     trainer = engine.Trainer(cfg, model.to(device), images, device)
     engine.seed_everything(cfg.seed)  # what building drew differs between methods; what training draws must not
-    facts = {"label": images.label, "train_images": images.train_images, "test_images": images.test_images}
     resumes = 0
     if state is not None:
-        if state["data"] != facts:
-            raise ValueError(
-                f"the checkpoint of this run was trained on {state['data']}, but the data are {facts}; "
-                "restore those data, or set resume=false to train anew"
-            )
+        _check_data(state["data"], images.facts)
         try:
             trainer.load_state(state)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -183,12 +180,21 @@ def _build(
         resumes = state["resumes"] + 1
     about = {
         "config": record.portable(cfg),
-        "data": facts,
+        "data": images.facts,
         "layers_replaced": len(report.replaced),
         "environment": record.environment(device),
         "resumes": resumes,
     }
     return trainer, about
+
+
+def _check_data(trained: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise ValueError unless the data are those of a checkpoint, in all that it says of them: older ones have no fingerprint."""
+    if trained != {key: facts.get(key) for key in trained}:
+        raise ValueError(
+            f"the checkpoint of this run was trained on {trained}, but the data are {facts}; "
+            "restore those data, set another paths.outputs and paths.records, or set resume=false to train anew"
+        )
 
 
 def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, Any], log: logger.Log) -> dict[str, Any]:

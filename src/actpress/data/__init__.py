@@ -9,7 +9,7 @@ flip; otherwise stream. Asking for one that cannot do the work is an error, neve
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,17 @@ PIPELINES = ("auto", "resident", "stream")
 _RESIDENT_BYTES = 4 * 2**30  # auto keeps sets up to 4 GiB on the device
 
 
+class Opened(NamedTuple):
+    """A dataset whose images are found, but not read: train and test images, and the `facts` by which one set is told from another.
+
+    facts: label, train_images and test_images (numbers), and of a folder of files its fingerprint.
+    """
+
+    train: Images
+    test: Images
+    facts: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Data:
     """Train and test batches (x float32 normalised [B, 3, S, S], y int64 [B], on the device) and what is known of them.
@@ -36,10 +47,20 @@ class Data:
     train: ResidentLoader | StreamLoader
     test: ResidentLoader | StreamLoader
     num_classes: int
-    label: str
-    train_images: int
-    test_images: int
+    facts: dict[str, Any]  # see Opened
     pipeline: str
+
+    @property
+    def label(self) -> str:
+        return self.facts["label"]
+
+    @property
+    def train_images(self) -> int:
+        return self.facts["train_images"]
+
+    @property
+    def test_images(self) -> int:
+        return self.facts["test_images"]
 
 
 def create(
@@ -55,8 +76,7 @@ def create(
     ValueError that names the file, for one that cannot be read: here, or in the stream pipeline when its batch is asked for.
     """
     name, image_size, batch_size = data["name"], data["image_size"], recipe["batch_size"]
-    if name not in NAMES:
-        raise ValueError(f"data.name {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    _check_name(name)
     if data["pipeline"] not in PIPELINES:
         raise ValueError(f"data.pipeline {data['pipeline']!r} is unknown; allowed: {', '.join(PIPELINES)}")
     if seed < 0:
@@ -66,9 +86,7 @@ def create(
     if augment.crop_pct is None:  # before the choice of a pipeline: resident cannot do another one than 1
         augment = replace(augment, crop_pct=0.875 if name == "imagenet" else 1.0)
 
-    sizes = data["train_size"], data["test_size"]
-    full = load(name, data["source"], data["root"], data["num_classes"], image_size, *sizes)
-    train, test = (_keep(images, size, key) for images, size, key in zip(full, sizes, ("train", "test"), strict=True))
+    train, test, facts = open_images(data)
     if batch_size > len(train):
         raise ValueError(f"recipe.batch_size is {batch_size}; allowed: up to the {len(train)} training images")
 
@@ -88,10 +106,25 @@ def create(
         shared["crop_pct"] = augment.crop_pct
         loaders = [StreamLoader(images, train=images is train, workers=workers, **shared) for images in (train, test)]
 
+    return Data(*loaders, data["num_classes"], facts, pipeline)
+
+
+def open_images(data: Mapping[str, Any]) -> Opened:
+    """The images that `data` describes, and what is known of them. Raises as `create` does."""
+    name, sizes = data["name"], (data["train_size"], data["test_size"])
+    _check_name(name)
+    *full, fingerprint = load(name, data["source"], data["root"], data["num_classes"], data["image_size"], *sizes)
+    train, test = (_keep(images, size, key) for images, size, key in zip(full, sizes, ("train", "test"), strict=True))
     label = data["label"]
     if train.formats and name != "imagenet":
         label = f"{label} ({', '.join(train.formats)})"
-    return Data(*loaders, data["num_classes"], label, len(train), len(test), pipeline)
+    facts = {"label": label, "train_images": len(train), "test_images": len(test)}
+    return Opened(train, test, facts | ({"fingerprint": fingerprint} if fingerprint else {}))
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"data.name {name!r} is unknown; allowed: {', '.join(NAMES)}")
 
 
 def _check_integers(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:

@@ -66,8 +66,8 @@ Images = ArrayImages | FileImages
 
 def load(
     name: str, source: str, root: str | None, num_classes: int, image_size: int, train_size: int, test_size: int
-) -> tuple[Images, Images]:
-    """The (train, test) images. The two sizes matter to `synthetic` alone: how many images it makes.
+) -> tuple[Images, Images, str | None]:
+    """The (train, test) images, and of a folder its fingerprint. The two sizes matter to `synthetic` alone: how many images it makes.
 
     Raises ValueError for a source the dataset does not have, a wrong number of classes or an unreadable image, and
     FileNotFoundError for data that are not there and cannot be downloaded.
@@ -77,12 +77,14 @@ def load(
     if source == "folder":
         return _folder(name, root, num_classes)
     if name == "synthetic":
-        return _synthetic(train_size, num_classes, image_size, 0), _synthetic(test_size, num_classes, image_size, 1)
+        sizes = (train_size, test_size)
+        train, test = (_synthetic(size, num_classes, image_size, stream) for stream, size in enumerate(sizes))
+        return train, test, None
     train, test = _digits(image_size) if name == "digits" else _torchvision(name, root)
     found = 1 + int(max(train.labels.max(), test.labels.max()))
     if found != num_classes:
         raise ValueError(f"data.num_classes is {num_classes}; {name} has {found}")
-    return train, test
+    return train, test, None
 
 
 def _torchvision(name: str, root: str | None) -> tuple[Images, Images]:
@@ -105,7 +107,7 @@ def _torchvision(name: str, root: str | None) -> tuple[Images, Images]:
     return train, test
 
 
-def _folder(name: str, root: str | None, num_classes: int) -> tuple[Images, Images]:
+def _folder(name: str, root: str | None, num_classes: int) -> tuple[Images, Images, str]:
     """DIR/train/<class>/** and DIR/<test folder>/<class>/**; classes are numbered in natural order of their names."""
     layout = f"DIR/{{train,{'|'.join(_TEST_FOLDERS[name])}}}/<class>/*.jpg"
     directory = Path(_root(root, f"DIR of {layout}"))
@@ -114,7 +116,7 @@ def _folder(name: str, root: str | None, num_classes: int) -> tuple[Images, Imag
     candidates = [directory / split for split in _TEST_FOLDERS[name]]
     test_directory = next((path for path in candidates if path.is_dir()), candidates[0])
     train, test = folder.read(directory / "train", test_directory, layout, num_classes)
-    return FileImages(train.samples), FileImages(test.samples)
+    return FileImages(train.samples), FileImages(test.samples), folder.fingerprint(train, test)
 
 
 def _root(root: str | None, meaning: str) -> str:
