@@ -38,6 +38,12 @@ BAD_SETTINGS = {
     "recipe.optimizer.weight_decay=inf": "recipe.optimizer.weight_decay=inf must be a finite number >= 0",
     "recipe.optimizer.lr=nan": "recipe.optimizer.lr=nan must be a finite number >= 0",
     "data.root=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
+    "name=5": "name=5 must be a text of 1 to 128 characters, or null (a number in quotes: '\"5\"')",
+    "name=[a]": "name=['a'] must be a text of 1 to 128 characters, or null",
+    "tags=abc": "tags=abc must be a list of texts, such as [a,b]",
+    "tags=5": "tags=5 must be a list of texts",
+    "tags=null": "tags=null must be a list of texts",
+    "tags=[a,5]": "tags=5 must be a text of 1 to 64 characters",
 }
 
 

@@ -1,10 +1,12 @@
 """Logging: without W&B, with a stand-in that notes what it is told, and with W&B itself, offline."""
 
 import os
+import re
 import sys
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,6 +19,43 @@ def test_without_a_logger_wandb_is_not_imported(tmp_path, monkeypatch):
     assert run.run(config(tmp_path, "recipe.epochs=1"))["status"] == "ok"
     with pytest.raises(run.InputError, match="logger=none"):
         run.run(config(tmp_path, "recipe.epochs=1", "logger=wandb"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("logger.project=5", "logger.project=5 must be a text of 1 to 128 characters without / \\ # ? % :, or null"),
+        ("logger.project='a/b'", "logger.project=a/b must be a text"),
+        ("logger.project=''", "logger.project= must be a text"),
+        ("logger.entity=5", "logger.entity=5 must be a text of 1 to 128 characters, or null"),
+        ("logger.mode=auto", "WANDB_MODE=sometimes must be one of online, offline, disabled"),
+        ("name=5", "name=5 must be a text"),
+    ],
+)
+def test_what_wandb_would_refuse_is_named_before_anything_is_touched(tmp_path, monkeypatch, override, message):
+    monkeypatch.setenv("WANDB_MODE", "sometimes" if "mode" in override else "offline")
+    cfg = config(tmp_path, "logger=wandb", "resume=false", override)
+    files = run.files_of(cfg)
+    files.folder.mkdir(parents=True)
+    files.checkpoint.write_text("a checkpoint")
+    with pytest.raises(run.InputError, match=re.escape(message)) as caught:
+        run.run(cfg)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(files.folder) == ["last.pt"]
+
+
+def test_a_logger_that_does_not_start_leaves_checkpoint_and_log(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = config(tmp_path, "recipe.epochs=1", "logger=wandb", "logger.mode=offline")
+    run.run(cfg)
+    files = run.files_of(cfg)
+    before = files.checkpoint.read_bytes(), files.log.read_bytes(), files.record.read_bytes()
+    monkeypatch.setattr(wandb, "init", mock.Mock(side_effect=wandb.Error("no server")))
+    cfg.resume = False
+    with pytest.raises(run.InputError, match="W&B did not start \\(no server\\)"):
+        run.run(cfg)
+    assert before == (files.checkpoint.read_bytes(), files.log.read_bytes(), files.record.read_bytes())
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from actpress.record import method_name, naming, portable, replacing
+from actpress.settings import shown
 
 WANDB_FOLDERS = ("wandb", ".wandb")  # W&B takes the second where it is there
 NAMES = ("wandb", "none")
 MODES = ("auto", "online", "offline")
+WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run")  # of the environment variable
 
 
 class Log:
@@ -97,16 +99,37 @@ def _folder(wandb: Any) -> Path:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ValueError if the logger that cfg asks for is unknown or not installed."""
+    """Raise ValueError if the logger that cfg asks for is unknown or not installed, or would not take the names that cfg gives."""
     options = cfg.logger
+    _text("name", cfg.name, 128)
+    if not isinstance(cfg.tags, ListConfig):
+        raise ValueError(f"tags={shown(cfg.tags)} must be a list of texts, such as [a,b]")
+    for tag in cfg.tags:
+        _text("tags", tag, 64, optional=False)
     if options.name not in NAMES:
         raise ValueError(f"logger.name={options.name} must be one of {', '.join(NAMES)}")
     if options.name == "none":
         return
     if options.mode not in MODES:
         raise ValueError(f"logger.mode={options.mode} must be one of {', '.join(MODES)}")
+    if wandb_mode(options.mode) not in WANDB_MODES:
+        raise ValueError(f"WANDB_MODE={wandb_mode(options.mode)} must be one of {', '.join(WANDB_MODES)}")
+    _text("logger.project", options.project, 128, without="/\\#?%:")
+    _text("logger.entity", options.entity, 128)
     if importlib.util.find_spec("wandb") is None:
         raise ValueError("logger=wandb, but the package wandb is not installed; pip install wandb, or set logger=none")
+
+
+def _text(key: str, value: Any, most: int, without: str = "", optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not 1 <= len(value) <= most or set(value) & set(without):
+        raise ValueError(
+            f"{key}={shown(value)} must be a text of 1 to {most} characters"
+            + (f" without {' '.join(without)}" if without else "")
+            + (", or null" if optional else "")
+            + (" (a number in quotes: '\"5\"')" if isinstance(value, int | float) else "")
+        )
 
 
 def create(cfg: DictConfig, run_id: str, path: Path, step: int = 0, wandb_id: str | None = None) -> Log:
@@ -115,11 +138,9 @@ def create(cfg: DictConfig, run_id: str, path: Path, step: int = 0, wandb_id: st
     path: the log.jsonl, whose lines after `step` are dropped. wandb_id: the W&B run to go on with, None for a new one.
     """
     check(cfg)
-    rows = _keep_until(path, step)
-    if cfg.logger.name == "none":
-        return Log(path)
-    wandb = _start_wandb(cfg, run_id, wandb_id)
-    if wandb_id and not wandb.resumed:  # W&B goes on from nothing: it is offline, or was when the run began
+    wandb = None if cfg.logger.name == "none" else _start_wandb(cfg, run_id, wandb_id)
+    rows = _keep_until(path, step)  # once W&B has started: where it does not, the log stays
+    if wandb and wandb_id and not wandb.resumed:  # W&B goes on from nothing: it is offline, or was when the run began
         for row in rows:
             wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         _supersede(wandb, path.parent / "superseded")

@@ -75,8 +75,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                         _check_data(state["data"], data.open_images(cfg.data).facts)
                     return _complete(cfg, name, files, state)
             trainer, about = _build(cfg, device, state)
-            _prepare(cfg, files, anew=state is None)
+            _prepare(cfg, files)
             log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
+            if state is None:  # or a run that is stopped before its first save would go on from the one it replaces
+                files.checkpoint.unlink(missing_ok=True)  # last: whatever fails above leaves it as it was
         print(
             f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
             flush=True,
@@ -137,14 +139,12 @@ def _last_line(what: str, files: Files, finished: dict[str, Any], held: str) -> 
     return f"{what}: {tested} | record {files.record} | {held}"
 
 
-def _prepare(cfg: DictConfig, files: Files, anew: bool) -> None:
-    """See to it before training that its results can be written. anew: a checkpoint that is there is not gone on from."""
+def _prepare(cfg: DictConfig, files: Files) -> None:
+    """See to it before training that its results can be written."""
     record.make_folder("paths.outputs", files.folder)
     record.make_folder("paths.records", files.record.parent)
     if files.record.is_dir():
         raise ValueError(f"the record {files.record} must be a file, but it is a folder; move it away")
-    if anew:  # or a run that is stopped before its first save would go on from the one it replaces
-        files.checkpoint.unlink(missing_ok=True)
     with record.replacing(files.folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
 

@@ -96,8 +96,7 @@ def _check_schedule(schedule: DictConfig) -> None:
 
 def _one_of(key: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        shown = ", ".join(str(item).lower() if isinstance(item, bool) else str(item) for item in allowed)
-        raise ValueError(f"{key}={value} must be one of {shown}")
+        raise ValueError(f"{key}={shown(value)} must be one of {', '.join(map(shown, allowed))}")
 
 
 def _number(
@@ -127,4 +126,12 @@ def _number(
         bounds = ((">=", least), (">", above), ("<", below))
         limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
         kind = "a whole number" if whole else "a number" if finite else "a finite number"
-        raise ValueError(f"{key}={value} must be {kind} {limits}{' or null' if optional else ''}")
+        words = " ".join(filter(None, (kind, limits, "or null" if optional else "")))
+        raise ValueError(f"{key}={shown(value)} must be {words}")
+
+
+def shown(value: Any) -> str:
+    """A value as an override writes it."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
