@@ -31,8 +31,12 @@ RUN   := $(BIN)/python
 STAMP := $(VENV)/.actpress-installed
 PYTEST := $(RUN) -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
-DRY_OVERRIDE := $(if $(filter 1 true yes,$(DRY)),dry=true)
-PUBLISH_OVERRIDE := $(if $(filter 1 true yes,$(PUBLISH)),publish=true)
+
+# $(call switch,DRY,dry=true): the override where DRY is on. $(call quoted,TEXT): TEXT as one word of the shell, whatever is in it.
+switch = $(if $(filter-out 1 true yes 0 false no,$($(1))),$(error $(1)=$($(1)), allowed: 1, true, yes, 0, false, no))$(if $(filter 1 true yes,$($(1))),$(2))
+quoted = '$(subst ','\'',$(1))'
+DRY_OVERRIDE := $(call switch,DRY,dry=true)
+PUBLISH_OVERRIDE := $(call switch,PUBLISH,publish=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -95,7 +99,7 @@ train: $(STAMP) ## train one model: make train ARGS="model=resnet20 data=digits 
 	$(RUN) scripts/train.py $(ARGS)
 
 reproduce-table: $(STAMP) ## measure and print a published table: TABLE=name, DRY=1 shows the plan; no TABLE: what takes minutes on a laptop
-	@$(RUN) scripts/reproduce_table.py $(TABLE) $(DRY_OVERRIDE) $(PUBLISH_OVERRIDE)
+	@$(RUN) scripts/reproduce_table.py $(foreach name,$(TABLE),$(call quoted,$(name))) $(DRY_OVERRIDE) $(PUBLISH_OVERRIDE)
 
 tables: $(STAMP) ## reproduce every table of configs/tables
 	@$(RUN) scripts/reproduce_table.py $(basename $(notdir $(sort $(wildcard configs/tables/*.yaml)))) $(DRY_OVERRIDE)
@@ -107,7 +111,7 @@ check-pages: $(STAMP) ## check that the pages of results/ fit the records and th
 	$(RUN) scripts/report.py --check
 
 audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHOD=division BATCH=256
-	$(RUN) scripts/audit.py model=$(MODEL) method=$(METHOD) batch=$(BATCH) $(ARGS)
+	$(RUN) scripts/audit.py $(call quoted,model=$(MODEL)) $(call quoted,method=$(METHOD)) $(call quoted,batch=$(BATCH)) $(ARGS)
 
 compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 	$(RUN) scripts/compile_kernels.py $(ARGS)
@@ -116,10 +120,10 @@ bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="cases=relu pr
 	$(RUN) scripts/bench_kernels.py $(ARGS)
 
 gpu-battery: $(STAMP) ## all that needs a GPU, BUDGET=540 seconds of it; again to go on: DRY=1, PROFILE=tiny (no GPU), OUT=DIR
-	$(RUN) scripts/gpu_battery.py budget=$(BUDGET) profile=$(PROFILE) out=$(OUT) $(DRY_OVERRIDE) $(ARGS)
+	$(RUN) scripts/gpu_battery.py $(call quoted,budget=$(BUDGET)) $(call quoted,profile=$(PROFILE)) $(call quoted,out=$(OUT)) $(DRY_OVERRIDE) $(ARGS)
 
 import-results: $(STAMP) ## add the archive of a battery to results/: FILE=battery-DEVICE.tar.gz
-	$(RUN) scripts/import_results.py $(FILE) $(ARGS)
+	$(RUN) scripts/import_results.py $(if $(FILE),$(call quoted,$(FILE))) $(ARGS)
 
 clean: ## delete caches and build leftovers; keeps the environment, data/, outputs/ and results/
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -50,6 +50,8 @@ def parse(arguments: list[str]) -> tuple[list[str], list[str], dict[str, bool]]:
                 raise ValueError(f"{argument}, allowed: {key}=true, {key}=false")
             switches[key] = value == "true"
         else:
+            if argument in names:
+                raise ValueError(f"table {argument!r} is given twice; give each once")
             (overrides if equals else names).append(argument)
     return names, overrides, switches
 

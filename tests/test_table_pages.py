@@ -197,6 +197,8 @@ def test_overridden_tables_and_those_of_this_machine_stay_out_of_results(project
 def test_switches_that_are_none_are_named():
     with pytest.raises(ValueError, match="publish=yes, allowed: publish=true, publish=false"):
         reproduce_table.parse(["publish=yes"])
+    with pytest.raises(ValueError, match="table 'a' is given twice; give each once"):
+        reproduce_table.parse(["a", "b", "a"])
     found = reproduce_table.parse(["a", "dry=true", "data.root=x", "b"])
     assert found == (["a", "b"], ["data.root=x"], {"dry": True, "publish": False})
 

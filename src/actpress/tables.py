@@ -124,10 +124,9 @@ def names(folder: Path) -> list[str]:
 
 def load(folder: Path, name: str) -> Table:
     """Read and expand configs/tables/<name>.yaml. Raises ValueError naming what is wrong and what is allowed."""
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
+    if name not in names(folder):  # nor a path to one
         raise ValueError(f"table {name!r} not found, allowed: {', '.join(names(folder))}")
-    raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    raw = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
     _allowed(name, "kind", raw.get("kind"), KINDS)
     metrics = {key: Metric(**value) for key, value in raw["metrics"].items()}
     for metric in metrics.values():
