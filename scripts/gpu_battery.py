@@ -52,7 +52,8 @@ def main(given: list[str]) -> int:
         out = Path(options["out"]).resolve()
         prepare(out, options)
         environment = surroundings(profile, options)
-        there = record.read(out / "environment.json") if (out / "environment.json").exists() else environment
+        path = out / "environment.json"
+        there = record.read(path, {"device": str}) if path.exists() else environment
         if there["device"] != environment["device"] and not options["dry"]:
             raise ValueError(
                 f"{out} holds results of {there['device']}, this is {environment['device']}; name another folder with out="

@@ -43,7 +43,7 @@ def main(given: list[str]) -> int:
         path = Path(options["out"]) if options["out"] else None
         about = {"setting": asdict(setting) | {"batch": None}, "method": options["method"], "sessions": []}
         if path and path.exists():
-            about = record.read(path)
+            about = record.read(path, {"setting": dict, "sessions": list})
     current: dict[str, Any] = {"environment": environment, "probes": []}
     made = [
         probe

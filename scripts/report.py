@@ -28,7 +28,7 @@ from markupsafe import Markup
 import table_pages
 from actpress import cli, fidelity, headlines, record, tables
 from actpress.run import bad_input
-from table_rows import Place
+from table_rows import GRADIENTS, Place
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -89,7 +89,7 @@ def write_overviews() -> list[Path]:
 
 def render() -> str:
     """The page, the same for the same results. Raises ValueError where the record of a run that a page shows is gone or damaged."""
-    pages = {path.stem: record.read(path) for path in sorted((RESULTS / "tables").glob("*.json"))}
+    pages = {path.stem: record.read(path, headlines.PAGE) for path in sorted((RESULTS / "tables").glob("*.json"))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
         headlines=[(told, page["table"], HOW[page["kind"]]) for told, page in headlines.by_paper(pages.values())],
@@ -116,7 +116,7 @@ def table_section(name: str, page: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(run_id: str) -> dict[str, Any]:
-    return record.read(RESULTS / "runs" / f"{run_id}.json")
+    return record.read(RESULTS / "runs" / f"{run_id}.json", record.RUN)
 
 
 def head(table: tables.Table) -> list[str]:
@@ -181,7 +181,7 @@ def fidelity_part(page: dict[str, Any]) -> dict[str, Any]:
     """A fidelity table from the records that its page names: a summary and a plot per network and weights."""
     groups, environments = [], []
     for where, ids in page.get("gradients", {}).items():
-        found = {method: record.read(RESULTS / "fidelity" / f"{name}.json") for method, name in ids.items()}
+        found = {method: record.read(RESULTS / "fidelity" / f"{name}.json", GRADIENTS) for method, name in ids.items()}
         environments += [entry["environment"] for entry in found.values()]
         if found:
             draw = by_layer if len(found) <= len(COLOURS) else by_method

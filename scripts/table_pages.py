@@ -176,7 +176,8 @@ def faults(table: tables.Table, place: Place) -> list[str]:
 def stale(table: tables.Table, place: Place) -> list[str]:
     """Numbers on a page that no record of today's configuration bears out, a line for each row. A table without a page has none."""
     path = place.pages / f"{table.name}.json"
-    data = record.read(path) if path.is_file() else {"rows": [], "gradients": {}}
+    shape = {"gradients": dict} if table.kind == "fidelity" else {"rows": list}
+    data = record.read(path, shape) if path.is_file() else {"rows": [], "gradients": {}}
     found = []
     computed = not table_rows.KINDS[table.kind].recorded
     for row in table_rows.rows_of(table, place):

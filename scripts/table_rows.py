@@ -31,6 +31,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 FINISHED = ("ok", "oom", "diverged")
 
+# Records of kinds fidelity and function, see record.read; those of training are record.RUN.
+GRADIENTS = {
+    "id": str,
+    "figures": {"total": dict},
+    "layers": list,
+    "saved_share": (int, float),
+    "environment": record.ENVIRONMENT,
+}
+CALL = {"values": dict, "seconds": (int, float), "environment": record.ENVIRONMENT}
+
 
 class Place(NamedTuple):
     """A folder with the pages of tables (tables/) and the records that they are made of (runs/, fidelity/, <table>/)."""
@@ -147,11 +157,11 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
     return cli.compose(list(overrides), CONFIGS)
 
 
-def _read(row: Row, file: str) -> dict[str, Any] | None:
-    """A record below the row's place or, where any will do, below results/; None if it is in neither."""
+def _read(row: Row, file: str, shape: dict[str, Any]) -> dict[str, Any] | None:
+    """A record below the row's place or, where any will do, below results/; None if it is in neither. shape: see record.read."""
     places = (row.place,) if row.table.reuse == "here" else (row.place, RESULTS)
     paths = [place.root / file for place in places]
-    return next((record.read(path) for path in paths if path.is_file()), None)
+    return next((record.read(path, shape) for path in paths if path.is_file()), None)
 
 
 # Kinds memory and error: computed in seconds, so every time anew; the table's own JSON holds the numbers.
@@ -159,7 +169,7 @@ def _read(row: Row, file: str) -> dict[str, Any] | None:
 
 def _from_page(row: Row) -> Entry | None:
     path = row.place.pages / f"{row.table.name}.json"
-    page = record.read(path) if path.is_file() else {"rows": []}
+    page = record.read(path, {"rows": list, "environment": dict}) if path.is_file() else {"rows": []}
     found = [r for r in page["rows"] if r["labels"] == row.cell.labels and r["overrides"] == list(row.cell.overrides)]
     if not found or not found[0]["values"]:
         return None
@@ -193,7 +203,7 @@ def _derivative_error(row: Row) -> Entry:
 
 
 def _trained(row: Row) -> Entry | None:
-    found = _read(row, f"runs/{record.run_id(compose(row.cell, row.seed))}.json")
+    found = _read(row, f"runs/{record.run_id(compose(row.cell, row.seed))}.json", record.RUN)
     if found is None or found["status"] not in FINISHED:
         return None
     metrics = found["metrics"] | {"train_images_per_s": (found["metrics"]["train_images_per_s"] or {}).get("median")}
@@ -233,7 +243,7 @@ def _plan_training(row: Row) -> str:
 def _seconds_of_training(row: Row) -> float | None:
     """How long the run took wherever its record was made."""
     path = RESULTS.root / "runs" / f"{record.run_id(compose(row.cell, row.seed))}.json"
-    if not path.is_file() or (found := record.read(path))["status"] != "ok":
+    if not path.is_file() or (found := record.read(path, record.RUN))["status"] != "ok":
         return None
     return sum(epoch["train_seconds"] + epoch["test_seconds"] for epoch in found["history"])
 
@@ -258,7 +268,7 @@ def _settings(row: Row) -> dict[str, Any]:
 
 
 def _gradients(row: Row) -> Entry | None:
-    found = _read(row, f"fidelity/{gradient_id(row)}.json")
+    found = _read(row, f"fidelity/{gradient_id(row)}.json", GRADIENTS)
     return None if found is None else Entry(found, found["environment"])
 
 
@@ -323,7 +333,7 @@ def function_file(row: Row) -> str:
 
 def _called(row: Row) -> Entry | None:
     file = function_file(row)
-    found = _read(row, file)
+    found = _read(row, file, CALL)
     return found and Entry(found["values"] | {"record": file, "seed": row.seed}, found["environment"])
 
 
@@ -339,7 +349,7 @@ def _call(row: Row) -> Entry:
 
 def _seconds_of_call(row: Row) -> float | None:
     path = RESULTS.root / function_file(row)
-    return record.read(path)["seconds"] if path.is_file() else None
+    return record.read(path, CALL)["seconds"] if path.is_file() else None
 
 
 KINDS = {

@@ -95,6 +95,21 @@ def test_a_record_that_is_none_is_named(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("{}", "run_id"),
+        ('{"run_id": 3}', "run_id"),
+        ('{"run_id": "a", "metrics": null}', "metrics"),
+        ('{"run_id": "a", "metrics": {}}', "metrics.top1_last"),
+    ],
+)
+def test_what_a_record_lacks_is_named(tmp_path, text, lacking):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(record.Unreadable, match=rf"run.json is damaged: it has no {lacking}; delete it and run again"):
+        record.read(tmp_path / "run.json", {"run_id": str, "metrics": {"top1_last": object}})
+
+
 def test_a_missing_record_is_named(tmp_path):
     with pytest.raises(ValueError, match="no record at"):
         record.read(tmp_path / "run.json")

@@ -186,16 +186,37 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path):
     assert run.run(cfg)["resumes"] == 1
 
 
-def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:100],
+        lambda text: "",
+        lambda text: "{}",
+        lambda text: '{"status": "ok"}',
+        lambda text: text.replace("-s0-", "-s1-"),
+        lambda text: text.replace('"top1_last": ', '"top1_last": 1'),
+    ],
+    ids=["cut short", "empty", "an empty object", "a status alone", "of another run", "another accuracy"],
+)
+def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_path, capsys, damage):
     cfg = config(tmp_path, "recipe.epochs=1")
     files, finished = run.files_of(cfg), run.run(cfg)
-    files.record.write_bytes(files.record.read_bytes()[:100])
+    files.record.write_text(damage(files.record.read_text()))
     capsys.readouterr()
     assert run.run(cfg) == finished == record.read(files.record)
     (line,) = capsys.readouterr().out.splitlines()
     accuracy = f"test accuracy {finished['metrics']['top1_last']:.2f}%"
     what = f"run {finished['run_id']} is complete (resume=false trains anew)"
     assert line == f"{what}: {accuracy} | record {files.record} | W&B off"
+
+
+def test_a_complete_run_leaves_a_record_of_itself_from_elsewhere(tmp_path):
+    cfg = config(tmp_path, "recipe.epochs=1")
+    files, finished = run.files_of(cfg), run.run(cfg)
+    elsewhere = finished | {"environment": finished["environment"] | {"device": "another processor"}}
+    record.write(files.record, elsewhere)
+    run.run(cfg)
+    assert record.read(files.record) == elsewhere
 
 
 @pytest.mark.parametrize("where", ["epoch 2", "the last epoch"])

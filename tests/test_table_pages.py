@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from actpress import cli, record, tables, terminal
-from actpress.run import InputError
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -266,7 +265,7 @@ def write_runs(root: Path, accuracy: float) -> None:
         name = record.run_id(table_rows.compose(row.cell, row.seed))
         epoch = {"epoch": 1, "test_accuracy": accuracy + row.seed, "train_seconds": 30.0, "test_seconds": 5.0}
         found = {"run_id": name, "status": "ok", "history": [epoch], "environment": record.environment("cpu")}
-        metrics = {"top1_last": accuracy + row.seed, "train_images_per_s": None}
+        metrics = dict.fromkeys(record.RUN["metrics"]) | {"top1_last": accuracy + row.seed}
         record.write(root / "results" / "runs" / f"{name}.json", found | {"metrics": metrics})
 
 
@@ -286,19 +285,47 @@ def test_trained_rows_come_from_their_records_and_an_older_default_is_stale(proj
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(Path.unlink, "no record at"), (lambda path: path.write_text("{"), "")]
+    ("damage", "message"),
+    [
+        (Path.unlink, "no record at"),
+        (lambda path: path.write_text(""), "is not valid JSON"),
+        (lambda path: path.write_text("{"), "is not valid JSON"),
+        (lambda path: path.write_text('{"status": "ok"}'), "is damaged: it has no run_id"),
+    ],
+    ids=["gone", "empty", "cut short", "a status alone"],
 )
-def test_a_record_that_is_gone_or_damaged_is_named(project, damage, message):
+def test_a_record_that_is_gone_or_damaged_is_named(project, capsys, damage, message):
     root = project("training", "function")
     write_runs(root, 90.0)
     reproduce_table.main(["training"])
     path = root / "results" / "runs" / f"{record.run_id(table_rows.compose(load(root, 'training').cells[0], 0))}.json"
     damage(path)
-    with pytest.raises(InputError, match=f"{message}.*{path}"):
-        report.main(["--check"])
-    with pytest.raises(InputError, match=f"{message}.*{path}"):
-        reproduce_table.main(["function"])
+    capsys.readouterr()
+    for command in (
+        lambda: report.main(["--check"]),
+        lambda: reproduce_table.main(["function"]),
+        *(
+            [lambda: reproduce_table.main(["training", "dry=true"])] if path.exists() else []
+        ),  # else it is to be measured
+    ):
+        assert cli.run(command) == cli.BAD_INPUT
+        err = capsys.readouterr().err
+        assert message in err and str(path) in err and len(err.splitlines()) == 1
     assert (root / "results" / "tables" / "function.md").is_file()
+
+
+@pytest.mark.parametrize(("table", "place"), [("memory", "tables"), ("function", "tables"), ("function", "function")])
+@pytest.mark.parametrize("text", ["", "{}", '{"values": 3}'])
+def test_a_damaged_page_or_record_of_any_table_is_named(project, predictions, capsys, table, place, text):
+    root = project(table)
+    predictions(4 * 2**20, "a" * 40)
+    reproduce_table.main([table])
+    path = sorted((root / "results" / place).glob("*.json"))[0]
+    path.write_text(text)
+    capsys.readouterr()
+    assert cli.run(lambda: report.main(["--check"])) == cli.BAD_INPUT
+    err = capsys.readouterr().err
+    assert str(path) in err and len(err.splitlines()) == 1
 
 
 def test_the_plan_says_what_it_costs_where_that_is_known(project):

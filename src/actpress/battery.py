@@ -285,7 +285,7 @@ def read_state(out: Path, profile: str) -> dict[str, Any]:
     path = out / "state.json"
     if not path.exists():
         return {"format": FORMAT, "profile": profile, "units": {}}
-    state = record.read(path)
+    state = record.read(path, {"units": dict})
     if (state.get("format"), state.get("profile")) != (FORMAT, profile):
         raise ValueError(
             f"{path} is of profile {state.get('profile')}, format {state.get('format')}, not of {profile}, {FORMAT}; "

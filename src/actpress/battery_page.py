@@ -232,7 +232,7 @@ def _runs(units: Mapping[str, Any], runs: Path) -> Iterator[list[Any]]:
     for entry in units.values():
         path = runs / f"{entry.get('run_id')}.json"
         if path.exists():
-            found = record.read(path)
+            found = record.read(path, record.RUN | {"data": {"label": str}})
             numbers = found["metrics"]
             accuracies = (
                 f"{numbers[key]:.2f}" if numbers[key] is not None else None for key in ("top1_last", "top1_best")

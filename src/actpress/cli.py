@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actpress import outcomes, usage
 from actpress.arguments import explain
 from actpress.outcomes import Outcome
-from actpress.record import WriteError, check_folder
+from actpress.record import Unreadable, WriteError, check_folder
 from actpress.run import InputError
 from actpress.run import run as train_run
 
@@ -163,7 +163,7 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call main() and return its exit code, 0 for None; InputError becomes one line on stderr and code 2.
+    """Call main() and return its exit code, 0 for None; InputError and Unreadable become one line on stderr and code 2.
 
     With --help among the arguments of the command, its docstring is printed instead.
     """
@@ -173,7 +173,7 @@ def run(main: Callable[[], int | None]) -> int:
 def _ending(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except InputError as error:
+    except (InputError, Unreadable) as error:
         if _full_errors():
             raise
         return _complain(error)

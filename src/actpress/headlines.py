@@ -19,6 +19,7 @@ from typing import Any
 
 from actpress import record, tables
 
+PAGE = dict.fromkeys(("table", "title", "kind", "measured"), str)  # what every table's JSON holds
 SHOW = ("mean", "difference", "versus", "paired")
 
 
@@ -60,7 +61,7 @@ def by_paper(pages: Iterable[dict[str, Any]]) -> list[tuple[dict[str, str], dict
 
 def index(folder: Path) -> str:
     """Markdown over all tables rendered into `folder`: the headlines, then a line per table."""
-    pages = [record.read(path) for path in sorted(folder.glob("*.json"))]
+    pages = [record.read(path, PAGE) for path in sorted(folder.glob("*.json"))]
     lines = [
         "# Results",
         "",

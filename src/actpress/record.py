@@ -28,6 +28,11 @@ from omegaconf import DictConfig, OmegaConf
 STATUSES = ("ok", "oom", "diverged", "failed")
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
 
+# What readers of a run's record rely on, see `read`.
+ENVIRONMENT = dict.fromkeys(("device", "device_type", "torch", "python", "commit", "dirty", "date"), object)
+RUN = {"run_id": str, "status": str, "history": list, "environment": ENVIRONMENT}
+RUN |= {"metrics": dict.fromkeys(("top1_last", "top1_best", "epochs", "train_images_per_s", "peak_bytes"), object)}
+
 # Paths of one machine: in no record, in no hash.
 MACHINE = ("paths", "data.root")
 # Settings that do not change what is computed: in the record, not in the hash.
@@ -63,6 +68,10 @@ def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
         *path, last = key.split(".")
         functools.reduce(lambda node, name: node.get(name, {}), path, kept).pop(last, None)
     return kept
+
+
+class Unreadable(ValueError):
+    """A record that is missing or damaged. The message is one line that names the file."""
 
 
 class WriteError(OSError):
@@ -161,23 +170,46 @@ def make_folder(key: str, folder: Path | str) -> None:
 
 def write(path: Path | str, record: dict[str, Any]) -> None:
     """Write a record as JSON, atomically. Numbers that are not finite become null."""
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
     with replacing(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(_text(record).encode() + b"\n")
 
 
-def read(path: Path | str) -> dict[str, Any]:
-    """Read a record. Raises ValueError, naming the path, if it is not there or is no JSON object."""
+def as_read(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as `read` gives it back once it is written."""
+    return json.loads(_text(record))
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), indent=1, allow_nan=False)
+
+
+def read(path: Path | str, shape: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a record. shape: the keys it must have, each with the type of its value or with a shape of its own.
+
+    Raises Unreadable, a ValueError that names the path, if the record is not there, is no JSON object or lacks a key.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no record at {path}")
+        raise Unreadable(f"no record at {path}")
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"record {path} is not valid JSON ({error}); delete it and run again") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError, brackets without end
+        raise Unreadable(f"record {path} is not valid JSON ({error}); delete it and run again") from error
     if not isinstance(record, dict):
-        raise ValueError(f"record {path} must hold a JSON object, got {type(record).__name__}; delete it and run again")
+        raise Unreadable(f"record {path} must hold a JSON object, got {type(record).__name__}; delete it and run again")
+    if lacking := next(_lacking(record, shape or {}), None):
+        raise Unreadable(f"record {path} is damaged: it has no {lacking}; delete it and run again")
     return record
+
+
+def _lacking(record: Any, shape: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The keys of `shape` that the record lacks, or has with a value of another type."""
+    for key, kind in shape.items():
+        inner = isinstance(kind, dict)
+        if key not in record or not isinstance(record[key], dict if inner else kind):
+            yield f"{above}{key}"
+        elif inner:
+            yield from _lacking(record[key], kind, f"{above}{key}.")
 
 
 def _finite(value: Any) -> Any:

@@ -121,15 +121,23 @@ def _alone(path: Path, name: str) -> Iterator[None]:
 
 
 def _complete(cfg: DictConfig, name: str, files: Files, state: dict[str, Any]) -> dict[str, Any]:
-    """Say that there is nothing to do. The record is left as it is, or put back where it is missing or damaged."""
+    """Say that there is nothing to do. The checkpoint holds the whole record, which is put back unless it is there."""
     finished = state["record"]
-    try:
-        record.read(files.record)
-    except ValueError:  # the checkpoint holds the whole record
+    if not _is_there(finished, files.record):
         record.write(files.record, finished)
     held = logger.whereabouts(cfg.paths.outputs, state["wandb_id"], finished["wandb_url"])
     print(_last_line(f"run {name} is complete (resume=false trains anew)", files, finished, held), flush=True)
     return finished
+
+
+def _is_there(finished: dict[str, Any], path: Path) -> bool:
+    """Whether the file holds this record, or one of the same run that was measured elsewhere, as a committed one may be."""
+    try:
+        there = record.read(path, record.RUN)
+    except record.Unreadable:
+        return False
+    same_run = all(there[key] == finished[key] for key in ("run_id", "status"))
+    return there == record.as_read(finished) or (same_run and there["environment"] != finished["environment"])
 
 
 def _last_line(what: str, files: Files, finished: dict[str, Any], held: str) -> str:
