@@ -38,6 +38,39 @@ BAD_SETTINGS = {
     "recipe.optimizer.weight_decay=inf": "recipe.optimizer.weight_decay=inf must be a finite number >= 0",
     "recipe.optimizer.lr=nan": "recipe.optimizer.lr=nan must be a finite number >= 0",
     "data.root=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
+    "recipe.optimizer=null": "recipe.optimizer=null must be a group of keys: name, lr, weight_decay",
+    "recipe.schedule=null": "recipe.schedule=null must be a group of keys: name",
+    "recipe.augment=null": "recipe.augment=null must be a group of keys",
+    "+recipe.warmup=3": "recipe key=warmup must be one of epochs, batch_size, optimizer",
+    "model.num_classes=5": "model.num_classes=5 must be data.num_classes=10",
+    "model.image_size=32": "model.image_size=32 must be data.image_size=16",
+    "model.pretrained=abc": "model.pretrained=abc must be one of true, false",
+    "model._target_=5": "model._target_=5 must be the dotted name of a class or function",
+    "+model.foo=3": "model.foo: create has no option 'foo', allowed: geometry, image_size, name, num_classes, pretrained",
+    "recipe.schedule.decay_epochs=0": "recipe.schedule.decay_epochs=0 must be a number > 0 or null",
+    "recipe.schedule.decay_epochs=abc": "recipe.schedule.decay_epochs=abc must be a number > 0 or null",
+    "recipe.schedule.decay_rate=abc": "recipe.schedule.decay_rate=abc must be a number >= 0",
+    "+recipe.schedule.decay_milestones=3": "recipe.schedule.decay_milestones=3 must be a list of numbers",
+    "+recipe.schedule.noise=[a]": "recipe.schedule.noise=a must be a number >= 0",
+    "+recipe.schedule.step_on_epochs=1": "recipe.schedule.step_on_epochs=1 must be one of true, false",
+    "+recipe.schedule.decay_fn=steep": "recipe.schedule.decay_fn=steep must be one of linear, 1-sqrt",
+    "recipe.optimizer.name=adahessian": "recipe.optimizer.name=adahessian needs second derivatives, which training does not compute",
+    "recipe.optimizer.momentum=abc": "recipe.optimizer.momentum=abc must be a number >= 0",
+    "+recipe.optimizer.foo=3": "recipe.optimizer key=foo must be one of dampening, differentiable",
+    "+recipe.optimizer.nesterov=2": "recipe.optimizer.nesterov=2 must be one of true, false",
+    "+recipe.optimizer.foreach=abc": "recipe.optimizer.foreach=abc must be one of true, false, null",
+    "+recipe.optimizer.dampening=abc": "recipe.optimizer.dampening=abc must be a number",
+    "recipe.augment.crop_padding=17": "augment.crop_padding is 17; allowed with zero: up to 16",
+    "recipe.augment.crop_pct=abc": "augment.crop_pct is abc; allowed: above 0 and up to 1, or null",
+    "recipe.augment.auto_augment=5": "augment.auto_augment is 5; allowed: strings that start with rand",
+    "data.mean=null": "data.mean is None; allowed: 3 numbers, one for each channel",
+    "data.mean=[a,b,c]": "data.mean is ['a', 'b', 'c']; allowed: finite numbers",
+    "data.mean=[nan,0,0]": "data.mean is [nan, 0, 0]; allowed: finite numbers",
+    "data.std=[nan,1,1]": "data.std is [nan, 1, 1]; allowed: finite numbers",
+    "data.image_size=true": "data.image_size is True; allowed: integers from 1",
+    "~seed": "seed is missing; it has no default, so it cannot be deleted",
+    "~recipe.smoothing": "recipe.smoothing is missing",
+    "~method": "method is missing",
     "name=5": "name=5 must be a text of 1 to 128 characters, or null (a number in quotes: '\"5\"')",
     "name=[a]": "name=['a'] must be a text of 1 to 128 characters, or null",
     "tags=abc": "tags=abc must be a list of texts, such as [a,b]",
@@ -49,7 +82,8 @@ BAD_SETTINGS = {
 
 @pytest.mark.parametrize("override", BAD_SETTINGS)
 def test_a_bad_setting_is_named_on_one_line(tmp_path, override):
-    cfg = config(tmp_path, "method=division", override)
+    method = () if "~method" in override else ("method=division",)
+    cfg = config(tmp_path, *method, override)
     with pytest.raises(run.InputError) as caught:
         run.run(cfg)
     assert BAD_SETTINGS[override] in str(caught.value)
@@ -99,6 +133,8 @@ def test_cuda_without_cuda_is_named():
         (["seed=0,1"], "lists several values; add -m"),
         (["data.root=${nothing"], "is malformed"),
         (["+seed=3"], "seed"),
+        (["=5"], "'=5' is malformed (there is no key)"),
+        (["~recipe.ema"], "recipe.ema is null, which Hydra cannot delete; set it instead, recipe.ema=..."),
         (["~model.nothing"], "there is no key 'model.nothing'"),
         (["hydra/launcher=nothing"], "hydra/launcher/nothing"),
     ],

@@ -275,12 +275,18 @@ def _configs(configs: Path, name: str) -> Iterator[Path]:
 
 def _parse(text: str) -> Override:
     try:
-        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([text])[0]
+        override = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([text])[0]
     except OverrideParseException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"override {text!r} is malformed ({reason}); write key=value, +key=value or ~key, and quote special characters"
-        ) from error
+        raise _malformed(text, str(error).strip().splitlines()[0]) from error
+    if not override.key_or_group:
+        raise _malformed(text, "there is no key")
+    return override
+
+
+def _malformed(text: str, reason: str) -> InputError:
+    return InputError(
+        f"override {text!r} is malformed ({reason}); write key=value, +key=value or ~key, and quote special characters"
+    )
 
 
 def _choices(override: Override, multirun: bool) -> list[Override]:
@@ -363,6 +369,10 @@ def _lack(override: Override, composed: DictConfig) -> Lack | None:
             allowed = _listed(str(name) for name in node if not str(name).startswith("_"))
             return Lack(key, f"under {above}" if above else "at the top level", allowed or "nothing")
         node = node._get_node(part)
+    if override.is_delete() and OmegaConf.is_dict(composed) and OmegaConf.select(composed, key) is None:
+        raise InputError(
+            f"override {override.input_line!r}: {key} is null, which Hydra cannot delete; set it instead, {key}=..."
+        )
     return None
 
 

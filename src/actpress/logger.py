@@ -107,11 +107,11 @@ def check(cfg: DictConfig) -> None:
     for tag in cfg.tags:
         _text("tags", tag, 64, optional=False)
     if options.name not in NAMES:
-        raise ValueError(f"logger.name={options.name} must be one of {', '.join(NAMES)}")
+        raise ValueError(f"logger.name={shown(options.name)} must be one of {', '.join(NAMES)}")
     if options.name == "none":
         return
     if options.mode not in MODES:
-        raise ValueError(f"logger.mode={options.mode} must be one of {', '.join(MODES)}")
+        raise ValueError(f"logger.mode={shown(options.mode)} must be one of {', '.join(MODES)}")
     if wandb_mode(options.mode) not in WANDB_MODES:
         raise ValueError(f"WANDB_MODE={wandb_mode(options.mode)} must be one of {', '.join(WANDB_MODES)}")
     _text("logger.project", options.project, 128, without="/\\#?%:")

@@ -7,13 +7,13 @@
 flip; otherwise stream. Asking for one that cannot do the work is an error, never a silent change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from .augment import Augment
+from .augment import Augment, is_number
 from .files import ImageError as ImageError
 from .files import shown
 from .resident import ResidentLoader
@@ -81,10 +81,15 @@ def create(
         raise ValueError(f"data.pipeline {data['pipeline']!r} is unknown; allowed: {', '.join(PIPELINES)}")
     if seed < 0:
         raise ValueError(f"seed is {seed}; allowed: integers from 0")
-    _check_integers(data, recipe)
+    _check_numbers(data, recipe)
     augment = Augment() if name == "synthetic" else Augment.read(recipe["augment"])
     if augment.crop_pct is None:  # before the choice of a pipeline: resident cannot do another one than 1
         augment = replace(augment, crop_pct=0.875 if name == "imagenet" else 1.0)
+    largest = image_size - (augment.padding_mode == "reflect")  # mirrored without its edge
+    if augment.crop_padding > largest:
+        raise ValueError(
+            f"augment.crop_padding is {augment.crop_padding}; allowed with {augment.padding_mode}: up to {largest}"
+        )
 
     train, test, facts = open_images(data)
     if batch_size > len(train):
@@ -127,18 +132,23 @@ def _check_name(name: str) -> None:
         raise ValueError(f"data.name {name!r} is unknown; allowed: {', '.join(NAMES)}")
 
 
-def _check_integers(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+def _check_numbers(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
     needed = {"data.num_classes": data["num_classes"], "data.image_size": data["image_size"]}
     needed["recipe.batch_size"] = recipe["batch_size"]
     for key in ("train_size", "test_size"):
         if data[key] is not None or data["name"] == "synthetic":
             needed[f"data.{key}"] = data[key]
     for key, value in needed.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} is {value!r}; allowed: integers from 1")
     for key in ("mean", "std"):
-        if len(data[key]) != 3:
-            raise ValueError(f"data.{key} has {len(data[key])} values; allowed: 3, one for each channel")
+        values = data[key]
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError(f"data.{key} is {values!r}; allowed: 3 numbers, one for each channel")
+        if len(values) != 3:
+            raise ValueError(f"data.{key} has {len(values)} values; allowed: 3, one for each channel")
+        if not all(is_number(value) for value in values):
+            raise ValueError(f"data.{key} is {list(values)}; allowed: finite numbers")
     if min(data["std"]) <= 0:
         raise ValueError(f"data.std is {list(data['std'])}; allowed: numbers above 0")
 

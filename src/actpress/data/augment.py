@@ -4,6 +4,7 @@ Everything drawn for one sample of one epoch comes from a seed made of (run seed
 process's global state. An epoch therefore replays bit for bit after a resume and whatever the number of workers.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Augment:
         for name in ("flip", "random_resized_crop"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"augment.{name} is {getattr(self, name)!r}; allowed: true, false")
-        if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
+        if not isinstance(self.crop_padding, int) or isinstance(self.crop_padding, bool) or self.crop_padding < 0:
             raise ValueError(f"augment.crop_padding is {self.crop_padding!r}; allowed: integers from 0")
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(f"augment.padding_mode is {self.padding_mode!r}; allowed: {', '.join(PADDING_MODES)}")
@@ -58,22 +59,24 @@ class Augment:
             raise ValueError(
                 f"augment.crop_padding is {self.crop_padding} beside random_resized_crop; allowed: 0 there"
             )
-        if self.auto_augment and self.auto_augment.split("-")[0] not in AUTO_AUGMENTS:
+        if self.auto_augment and str(self.auto_augment).split("-")[0] not in AUTO_AUGMENTS:
             allowed = ", ".join(AUTO_AUGMENTS)
             raise ValueError(
                 f"augment.auto_augment is {self.auto_augment!r}; allowed: strings that start with {allowed}"
             )
-        if self.color_jitter is not None and self.color_jitter < 0:
+        if self.color_jitter is not None and not (is_number(self.color_jitter) and self.color_jitter >= 0):
             raise ValueError(f"augment.color_jitter is {self.color_jitter}; allowed: numbers from 0, or null")
-        if self.random_erasing is not None and not 0 <= self.random_erasing <= 1:
+        if self.random_erasing is not None and not (is_number(self.random_erasing) and 0 <= self.random_erasing <= 1):
             raise ValueError(f"augment.random_erasing is {self.random_erasing}; allowed: 0 to 1, or null")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+        if self.crop_pct is not None and not (is_number(self.crop_pct) and 0 < self.crop_pct <= 1):
             raise ValueError(f"augment.crop_pct is {self.crop_pct}; allowed: above 0 and up to 1, or null")
 
     @classmethod
     def read(cls, node: Mapping[str, Any]) -> "Augment":
-        """From a config node; ValueError for a field that does not exist."""
+        """From a config node; ValueError for one that is none, or a field that does not exist."""
         allowed = [field.name for field in fields(cls)]
+        if not isinstance(node, Mapping):
+            raise ValueError(f"recipe.augment is {node!r}; allowed: a group of {', '.join(allowed)}")
         unknown = sorted(set(node) - set(allowed))
         if unknown:
             raise ValueError(f"augment.{unknown[0]} is unknown; allowed: {', '.join(allowed)}")
@@ -84,6 +87,11 @@ class Augment:
         names = ("random_resized_crop", "auto_augment", "color_jitter", "random_erasing")
         found = [name for name in names if getattr(self, name)]
         return found + (["crop_pct"] if self.crop_pct not in (None, 1) else [])
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mix(*parts: int) -> int:

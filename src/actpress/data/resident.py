@@ -78,8 +78,6 @@ def _pad(pixels_NCHW: Tensor, padding: int, mode: str) -> Tensor:
     """A border of `padding` pixels: zeros, or the image mirrored without its edge (numpy: torch cannot reflect uint8)."""
     if padding == 0:
         return pixels_NCHW
-    if mode == "reflect" and padding >= pixels_NCHW.shape[-1]:
-        raise ValueError(f"augment.crop_padding is {padding}; allowed with reflect: up to {pixels_NCHW.shape[-1] - 1}")
     border = ((0, 0), (0, 0), (padding, padding), (padding, padding))
     padded = np.pad(pixels_NCHW.numpy(), border, mode="constant" if mode == "zero" else "reflect")
     return torch.from_numpy(padded)
