@@ -19,7 +19,7 @@ from pathlib import Path
 
 import table_pages
 import table_rows
-from actpress import cli, tables
+from actpress import cli, settings, tables
 from actpress.run import bad_input
 from progress import Progress, clock
 from table_rows import LOCAL, RESULTS, ROOT, Entry, Place, Row
@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> None:
     with bad_input():
         names, overrides, switches = parse(arguments)
         wanted = [tables.load(TABLES, name) for name in names or tables.names(TABLES)]
-    wanted = [with_overrides(table, overrides) for table in wanted if names or table.default]
+        wanted = [with_overrides(table, overrides) for table in wanted if names or table.default]
+        for table in wanted if overrides else []:
+            check(table)
     places = [place_of(table, bool(overrides), switches["publish"]) for table in wanted]
     if switches["dry"]:
         print("\n".join(line for pair in zip(wanted, places, strict=True) for line in plan(*pair)))
@@ -60,6 +62,15 @@ def with_overrides(table: tables.Table, overrides: list[str]) -> tables.Table:
     """The table with more overrides in every row."""
     cells = [replace(cell, overrides=(*cell.overrides, *overrides)) for cell in table.cells]
     return replace(table, cells=cells)
+
+
+def check(table: tables.Table) -> None:
+    """Raise ValueError where a row that can be measured here has a setting that no run can have; kind function checks its own."""
+    for row in table_rows.rows_of(table) if table.kind != "function" else []:
+        if not table_rows.lacking(row.cell):
+            cfg = table_rows.compose(row.cell, row.seed)
+            cfg.runtime.precision = str(cfg.runtime.precision).removesuffix("-true")  # which memory tables know too
+            settings.check(cfg)
 
 
 def place_of(table: tables.Table, overridden: bool, publish: bool) -> Place:

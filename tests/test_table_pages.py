@@ -193,6 +193,14 @@ def test_overridden_tables_and_those_of_this_machine_stay_out_of_results(project
     assert (root / "results" / "tables" / "function.md").exists()
 
 
+@pytest.mark.parametrize("dry", ["dry=true", "dry=false"])
+def test_an_override_that_no_row_can_have_is_named_before_anything_is_measured(project, capsys, dry):
+    root = project("training")
+    assert cli.run(lambda: reproduce_table.main(["training", "recipe.epochs=abc", dry])) == cli.BAD_INPUT
+    assert capsys.readouterr() == ("", "error: recipe.epochs=abc must be a whole number >= 1\n")
+    assert not (root / "outputs").exists()
+
+
 def test_switches_that_are_none_are_named():
     with pytest.raises(ValueError, match="publish=yes, allowed: publish=true, publish=false"):
         reproduce_table.parse(["publish=yes"])
