@@ -278,6 +278,41 @@ def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seed
     assert list((tmp_path / "outputs" / "hydra").glob("jobs-*")) == []
 
 
+def test_an_interrupted_sweep_says_which_job_it_stopped_in(tmp_path, monkeypatch, capsys):
+    def train_run(cfg):
+        if cfg.seed == 1:
+            raise KeyboardInterrupt
+        if cfg.method["_target_"].endswith("Division"):
+            raise run.InputError("no such thing")
+        return {"status": "ok", "metrics": {"top1_last": None}}
+
+    monkeypatch.setattr(cli, "train_run", train_run)
+    options = [f"paths.outputs={tmp_path}", "seed=0,1,2", "method=none,division"]
+    code, _, err = ended(["-m", *options], monkeypatch, capsys)
+    assert code == 130
+    assert err.splitlines()[-4:] == [
+        "1 of 6 jobs done, stopped in job 2 (seed=1 method=none)",
+        "1 of 6 jobs failed:",
+        "  job 1 (seed=0 method=division): no such thing",
+        "interrupted; the same command goes on where it stopped",
+    ]
+
+
+@pytest.mark.parametrize("where", ["a pipe", "a full disk"])
+@pytest.mark.parametrize("overrides", [[], ["-m", "seed=0,1"]], ids=["one run", "a sweep"])
+def test_output_that_cannot_be_written_stops_no_training(tmp_path, where, overrides):
+    reader, writer = os.pipe()
+    if where == "a pipe":
+        os.close(reader)
+    out = writer if where == "a pipe" else os.open("/dev/full", os.O_WRONLY)
+    line = command(tmp_path, "recipe.epochs=1", "data.train_size=32", *overrides)
+    result = subprocess.run(line, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True, timeout=240)
+    lost = "standard output could not be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (0, "" if where == "a pipe" else lost)
+    records = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*.json")]
+    assert [record["status"] for record in records] == ["ok"] * (len(overrides) or 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_launchers_that_are_published_end_with_the_code_of_the_worst_job(tmp_path, launcher):

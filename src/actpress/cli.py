@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 a bug (with its traceback) or a killed job; 2 bad input; 3
 its files; 130 interrupted. A sweep ends with the highest code of its jobs.
 """
 
+import math
 import os
 import sys
 import traceback
@@ -27,15 +28,15 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actpress import outcomes, usage
+from actpress import outcomes, streams, usage
 from actpress.arguments import explain
-from actpress.outcomes import Outcome
+from actpress.outcomes import INTERRUPTED, Outcome
 from actpress.record import Unreadable, WriteError, check_folder
 from actpress.run import InputError
 from actpress.run import run as train_run
 
 VERSION_BASE = "1.3"
-BUG, BAD_INPUT, UNHAPPY_END, INTERRUPTED = 1, 2, 3, 130
+BUG, BAD_INPUT, UNHAPPY_END = 1, 2, 3
 
 
 class Lack(NamedTuple):
@@ -57,13 +58,16 @@ class Plan(NamedTuple):
 
     renamed: override -> the form in which Hydra takes it also where the key is missing, such as ++method.block=4,8.
     refused: (group, choice) -> why a job with this choice cannot run.
-    outputs, sweep: paths.outputs of the first job; whether there are several.
+    outputs, sweep: paths.outputs of the first job; whether there are several. swept, jobs: keys with several values; the number of jobs,
+    None where it is for a sweeper to choose.
     """
 
     renamed: dict[str, str] = {}  # noqa: RUF012 - never changed
     refused: dict[tuple[str, str], str] = {}  # noqa: RUF012
     outputs: Path = Path("outputs")
     sweep: bool = False
+    swept: frozenset[str] = frozenset()
+    jobs: int | None = None
 
 
 def train(configs: Path) -> int:
@@ -114,7 +118,7 @@ def _sweep(configs: Path, plan: Plan) -> int:
         try:
             code = _start(configs, _job(plan, folder))
         finally:
-            message, worst = outcomes.summary(outcomes.read(folder))
+            message, worst = outcomes.summary(outcomes.read(folder), plan.swept, plan.jobs)
             if message:
                 print(message, file=sys.stderr)
     return max(code, worst)
@@ -139,6 +143,9 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
                 if HydraConfig.get().runtime.choices.get(group) == choice:
                     raise InputError(reason)
             record = train_run(cfg)
+        except KeyboardInterrupt:
+            tell(INTERRUPTED)
+            raise
         except (InputError, WriteError) as error:
             code = BAD_INPUT if isinstance(error, InputError) else UNHAPPY_END
             tell(code, str(error))
@@ -167,19 +174,20 @@ def run(main: Callable[[], int | None]) -> int:
 
     With --help among the arguments of the command, its docstring is printed instead.
     """
-    return 0 if explain(sys.argv) else _ending(main)
+    return _ending(lambda: 0 if explain(sys.argv) else main())
 
 
 def _ending(main: Callable[[], int | None]) -> int:
-    try:
-        return main() or 0
-    except (InputError, Unreadable) as error:
-        if _full_errors():
-            raise
-        return _complain(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return INTERRUPTED
+    with streams.unstoppable():
+        try:
+            return main() or 0
+        except (InputError, Unreadable) as error:
+            if _full_errors():
+                raise
+            return _complain(error)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _full_errors() -> bool:
@@ -250,7 +258,15 @@ def check_overrides(overrides: list[str], configs: Path, name: str = "train", mu
         },
         outputs=outputs,
         sweep=multirun,
+        swept=frozenset(o.key_or_group for o in parsed if o.is_sweep_override()),
+        jobs=None if any(_left_to_sweeper(o) for o in parsed) else math.prod(map(len, choices)),
     )
+
+
+def _left_to_sweeper(override: Override) -> bool:
+    """Whether the number of jobs depends on more than the values that are listed."""
+    interval = override.is_sweep_override() and not override.is_discrete_sweep()
+    return interval or override.key_or_group.startswith(("hydra/sweeper", "hydra.sweeper"))
 
 
 def _check_folders(cfg: DictConfig, multirun: bool) -> None:

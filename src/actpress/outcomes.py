@@ -8,14 +8,14 @@ them all. The folder lies under paths.outputs, which all jobs must see anyway.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from actpress.record import replacing
 
-KILLED = 1  # exit code of a job that ended without a word
+KILLED, INTERRUPTED = 1, 130  # exit codes of a job that ended without a word, and by Ctrl-C
 
 
 class Outcome(NamedTuple):
@@ -51,18 +51,27 @@ def collecting(outputs: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def summary(outcomes: list[Outcome]) -> tuple[str, int]:
-    """(one line on each job that failed, below one that counts them; the highest exit code). ("", 0) if none did.
+def summary(outcomes: list[Outcome], swept: Collection[str], planned: int | None) -> tuple[str, int]:
+    """(one line on each job that failed, below one that counts them, after one on what an interruption stopped; the highest exit code).
+    ("", 0) if all ended well.
 
-    A job is named by the overrides that not all jobs have.
+    A job is named by its overrides of the `swept` keys. planned: how many jobs the sweep has; None: those that began.
     """
-    failed = [outcome for outcome in outcomes if outcome.code != 0]
-    if not failed:
-        return "", 0
-    common = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
-    lines = [f"{len(failed)} of {len(outcomes)} jobs failed:"]
+    codes = [KILLED if outcome.code is None else outcome.code for outcome in outcomes]
+    stopped = [outcome for outcome in outcomes if outcome.code == INTERRUPTED]
+    failed = [outcome for outcome in outcomes if outcome.code not in (0, INTERRUPTED)]
+    total, lines = planned or len(outcomes), []
+    if stopped:
+        names = ", ".join(_name(outcome, swept) for outcome in stopped)
+        lines.append(f"{codes.count(0)} of {total} jobs done, stopped in {names}")
+    if failed:
+        lines.append(f"{len(failed)} of {total} jobs failed:")
     for outcome in failed:
-        what = " ".join(override for override in outcome.overrides if override not in common)
         reason = "ended without a word: was it killed?" if outcome.code is None else outcome.reason
-        lines.append(f"  job {outcome.number}{f' ({what})' if what else ''}: {reason}")
-    return "\n".join(lines), max(KILLED if outcome.code is None else outcome.code for outcome in failed)
+        lines.append(f"  {_name(outcome, swept)}: {reason}")
+    return "\n".join(lines), max(codes, default=0)
+
+
+def _name(outcome: Outcome, swept: Collection[str]) -> str:
+    what = " ".join(text for text in outcome.overrides if text.lstrip("+~").partition("=")[0] in swept)
+    return f"job {outcome.number}" + (f" ({what})" if what else "")
