@@ -14,7 +14,7 @@ import hydra
 import torch
 
 import actpress
-from actpress import cli
+from actpress import cli, settings
 from actpress.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -31,13 +31,13 @@ def main(arguments: list[str]) -> None:
         else:
             overrides.append(argument)
     with bad_input():
-        batch, top = (natural(key, options[key]) for key in ("batch", "top"))
+        batch, top = natural("batch", options["batch"], 1), natural("top", options["top"], 0)
         if options["precision"] not in DTYPES:
             raise ValueError(f"precision={options['precision']} is unknown; choose one of {', '.join(DTYPES)}")
-        if batch == 0:
-            raise ValueError("batch=0, allowed: whole numbers from 1")
         names = options["method"].strip("[]").split(",")
         configs = [cli.compose([*overrides, f"method={name.strip()}"], CONFIGS) for name in names]
+        for cfg in configs:
+            settings.check(cfg)
         methods = [hydra.utils.instantiate(cfg.method) for cfg in configs]
         with torch.device("meta"):
             model = hydra.utils.instantiate(configs[0].model)
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> None:
     print(result.table(top or None))
 
 
-def natural(key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise ValueError(f"{key}={value}, allowed: whole numbers from 0")
+def natural(key: str, value: str, least: int) -> int:
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{key}={value}, allowed: whole numbers from {least}")
     return int(value)
 
 

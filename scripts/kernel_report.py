@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from actpress.arguments import explain
+from actpress import cli
+from actpress.run import bad_input
 
 FIELDS = (
     *("case", "dtype", "what", "config", "status", "n", "p20_ms", "p50_ms", "p80_ms"),
@@ -219,11 +220,13 @@ def figure(rows: list[Row]) -> Figure:
     return fig
 
 
+def main(given: list[str]) -> None:
+    with bad_input():
+        if len(given) != 1 or not Path(given[0]).is_file():
+            raise ValueError(f"{' '.join(given)!r}, allowed: the path of one table that scripts/bench_kernels.py wrote")
+        read(Path(given[0]))
+    render(Path(given[0]))
+
+
 if __name__ == "__main__":
-    if explain(sys.argv):
-        sys.exit()
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit(
-            f"error: {' '.join(sys.argv[1:])!r}, allowed: the path of one table that scripts/bench_kernels.py wrote"
-        )
-    render(Path(sys.argv[1]))
+    sys.exit(cli.run(lambda: main(sys.argv[1:])))

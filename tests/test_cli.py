@@ -67,7 +67,7 @@ BAD_SETTINGS = {
     "data.mean=[a,b,c]": "data.mean is ['a', 'b', 'c']; allowed: finite numbers",
     "data.mean=[nan,0,0]": "data.mean is [nan, 0, 0]; allowed: finite numbers",
     "data.std=[nan,1,1]": "data.std is [nan, 1, 1]; allowed: finite numbers",
-    "data.image_size=true": "data.image_size is True; allowed: integers from 1",
+    "data.image_size=true": "data.image_size=true must be a whole number >= 1",
     "~seed": "seed is missing; it has no default, so it cannot be deleted",
     "~recipe.smoothing": "recipe.smoothing is missing",
     "~method": "method is missing",
@@ -362,13 +362,16 @@ def test_what_is_no_path_is_named(tmp_path, monkeypatch, capsys, key, value):
     assert re.fullmatch(rf"error: {key}=(None|5|) must be the path of a folder\n", err)
 
 
-def test_folders_in_place_of_files_are_named_before_training(tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+@pytest.mark.parametrize("file", ["lock", "config", "log", "checkpoint", "record"])
+def test_folders_in_place_of_files_are_named_before_training(tmp_path, file, suffix):
     cfg = config(tmp_path)
-    for path in (run.files_of(cfg).folder / "config.yaml", run.files_of(cfg).log, run.files_of(cfg).record):
-        path.mkdir(parents=True)
-        with pytest.raises(run.InputError, match=re.escape(path.name)), interrupt(2, AssertionError("trained")):
-            run.run(cfg)
-        path.rmdir()
+    path = getattr(run.files_of(cfg), file)
+    path = path.with_name(path.name + suffix)
+    path.mkdir(parents=True)
+    said = f"{path} must be a file, but it is a folder; move it away"
+    with pytest.raises(run.InputError, match=re.escape(said)), interrupt(2, AssertionError("trained")):
+        run.run(cfg)
 
 
 def test_a_full_disk_ends_the_command_on_one_line(tmp_path, monkeypatch, capsys):
@@ -420,6 +423,29 @@ def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What it does.")
     assert cli.run(lambda: pytest.fail("ran")) == 0
     assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("audit.py batch=abc", "batch=abc, allowed: whole numbers from 1"),
+        ("audit.py batch=0", "batch=0, allowed: whole numbers from 1"),
+        ("audit.py top=-1", "top=-1, allowed: whole numbers from 0"),
+        ("audit.py data.image_size=abc", "data.image_size=abc must be a whole number >= 1"),
+        ("audit.py seed=-1", "seed=-1 must be a whole number >= 0 and < 4294967296"),
+        ("kernel_report.py foo", "'foo', allowed: the path of one table that scripts/bench_kernels.py wrote"),
+        (
+            "kernel_report.py README.md",
+            "README.md is not a table of this version of scripts/bench_kernels.py; move it away",
+        ),
+    ],
+)
+def test_scripts_name_bad_input_on_one_line(line, message):
+    script, *arguments = line.split()
+    root = CONFIGS.parent
+    command = [sys.executable, str(root / "scripts" / script), *arguments]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
 
 
 def test_audit_has_a_help():

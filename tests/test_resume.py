@@ -232,12 +232,19 @@ def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
         finished = run.run(broken)
     assert finished == record.read(files.record)
     assert finished["status"] == "failed"
-    advice = "the same command goes on from the last checkpoint"
+    advice = "resume=true goes on from the last checkpoint"
     assert finished["message"] == f"{files.checkpoint} could not be written: File too large; {advice}"
     assert files.checkpoint.read_bytes() == before
     assert [path.name for path in files.folder.iterdir() if path.suffix == ".tmp"] == []
     assert run.run(broken)["status"] == "ok"
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
+
+
+def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path):
+    with files_up_to(600_000):
+        finished = run.run(cfg := config(tmp_path))
+    none = "could not be written: File too large; there is no checkpoint to go on from"
+    assert finished["message"] == f"{run.files_of(cfg).checkpoint} {none}"
 
 
 def test_a_full_disk_without_room_for_the_record_is_named(tmp_path):

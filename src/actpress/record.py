@@ -117,7 +117,7 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
     Raises WriteError if the file cannot be written, a full disk for instance, also where the block raised an error because of that.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         raw = _Raw(temporary, "wb")
@@ -140,6 +140,17 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError where a folder is in the way of writing the file `path`."""
+    for place in (path, _temporary(path)):
+        if place.is_dir():
+            raise ValueError(f"{place} must be a file, but it is a folder; move it away")
 
 
 def check_folder(key: str, folder: Path | str) -> None:

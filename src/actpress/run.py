@@ -42,6 +42,14 @@ class Files(NamedTuple):
     def log(self) -> Path:
         return self.folder / "log.jsonl"
 
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "lock"
+
 
 def files_of(cfg: DictConfig) -> Files:
     """The files of the run that cfg describes."""
@@ -66,7 +74,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             record.check_folder("paths.records", cfg.paths.records)
             device = settings.device(cfg.runtime.device)
             name, files = record.run_id(cfg), files_of(cfg)
-            stack.enter_context(_alone(files.folder / "lock", name))
+            for path in (files.lock, files.config, files.log, files.checkpoint, files.record):
+                record.check_file(path)
+            stack.enter_context(_alone(files.lock, name))
             state = None
             if cfg.resume and files.checkpoint.exists():
                 state = checkpoint.load(files.checkpoint, name, device)
@@ -151,9 +161,7 @@ def _prepare(cfg: DictConfig, files: Files) -> None:
     """See to it before training that its results can be written."""
     record.make_folder("paths.outputs", files.folder)
     record.make_folder("paths.records", files.record.parent)
-    if files.record.is_dir():
-        raise ValueError(f"the record {files.record} must be a file, but it is a folder; move it away")
-    with record.replacing(files.folder / "config.yaml") as file:
+    with record.replacing(files.config) as file:
         file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
@@ -232,7 +240,9 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
     except engine.Diverged as error:
         finished = ended("diverged", str(error))
     except record.WriteError as error:
-        finished = ended("failed", f"{error}; the same command goes on from the last checkpoint")
+        there = files.checkpoint.exists()
+        advice = "resume=true goes on from the last checkpoint" if there else "there is no checkpoint to go on from"
+        finished = ended("failed", f"{error}; {advice}")
     except Exception as error:
         if measure.ran_out(error):
             finished = ended("oom", _one_line(error))

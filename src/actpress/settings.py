@@ -67,6 +67,8 @@ def check(cfg: DictConfig) -> None:
     for group in KEYS:
         _check_keys(cfg, group)
     recipe, runtime = cfg.recipe, cfg.runtime
+    for key in ("num_classes", "image_size"):
+        _number(f"data.{key}", cfg.data[key], whole=True, least=1)
     _number("seed", cfg.seed, whole=True, least=0, below=2**32)
     _one_of("resume", cfg.resume, (True, False))
     _one_of("runtime.precision", runtime.precision, tuple(PRECISIONS))
