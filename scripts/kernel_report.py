@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from actpress import cli
-from actpress.run import bad_input
-
 FIELDS = (
     *("case", "dtype", "what", "config", "status", "n", "p20_ms", "p50_ms", "p80_ms"),
     *("floor_bytes", "moved_bytes", "flops", "gib_per_s", "moved_gib_per_s", "tflops"),
@@ -229,4 +226,7 @@ def main(given: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from actpress import cli  # here, since bench_kernels.py, which reads this file, does without Hydra
+    from actpress.run import bad_input
+
     sys.exit(cli.run(lambda: main(sys.argv[1:])))

@@ -16,6 +16,7 @@ from actpress.limits import Probe, bounds
 SETTING = ("model", "batch", "image_size", "precision", "compile", "channels_last", "memory")
 ROW = ("method", "status", "message", "predicted_saved_bytes", "saved_bytes", "peak_bytes", "peak_reserved_bytes")
 PLACE = ("device", "torch", "triton", "python", "commit", "dirty", "date")
+SHOWN = {key: record.RUN[key] for key in ("status", "metrics")} | {"data": {"label": str}}  # of a run's record
 Rows = list[dict[str, Any]]
 
 
@@ -232,7 +233,7 @@ def _runs(units: Mapping[str, Any], runs: Path) -> Iterator[list[Any]]:
     for entry in units.values():
         path = runs / f"{entry.get('run_id')}.json"
         if path.exists():
-            found = record.read(path, record.RUN | {"data": {"label": str}})
+            found = record.read(path, SHOWN)
             numbers = found["metrics"]
             accuracies = (
                 f"{numbers[key]:.2f}" if numbers[key] is not None else None for key in ("top1_last", "top1_best")
