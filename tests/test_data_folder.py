@@ -1,5 +1,6 @@
 """Class folders: the labels are the folders under train/ and test/, no image is listed twice, what is not used is named."""
 
+import os
 import random
 import warnings
 from pathlib import Path
@@ -169,6 +170,29 @@ def test_stray_images_and_other_files_are_counted_by_kind(tmp_path):
     )
     for word in (*words, "1 files without a suffix"):
         assert word in said
+
+
+@pytest.mark.parametrize("name", ["dog/x.png", "dog/x", "x.png", "bird"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_neither_file_nor_folder_is_counted_and_not_opened(tmp_path, name, linked):
+    root = tree(tmp_path / "set")
+    place = root / "train" / name
+    pipe = tmp_path / "pipe" if linked else place
+    os.mkfifo(pipe)
+    if linked:
+        place.symlink_to(pipe)
+    found, said = load(root)
+    assert found.train_images == 6
+    assert f"1 entries that are neither files nor folders (such as {place})" in said
+
+
+@pytest.mark.parametrize("name", ["bird", "v1.2", "dog/more", "dog/notes.txt", "x.png"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_broken_link_that_may_stand_for_a_folder_is_named(tmp_path, name, target):
+    place = tree(tmp_path) / "train" / name
+    place.symlink_to("/nowhere/at/all" if target == "nowhere" else place.name)
+    reason = "No such file or directory" if target == "nowhere" else "Too many levels of symbolic links"
+    assert refusal(tmp_path) == f"{place} is a broken link ({reason}); expected one to a folder or a file"
 
 
 def test_a_split_without_class_folders_is_refused(tmp_path):

@@ -85,7 +85,8 @@ def _class_folders(path: Path, unused: Notes) -> list[os.DirEntry]:
     real = os.path.realpath(path)
     for entry in _entries(path, unused):
         if not _is_folder(entry):
-            unused.add(OUTSIDE if _is_image(entry.name) else _other(entry.name), entry.path)
+            kind = _other(entry)
+            unused.add(OUTSIDE if _is_image(entry.name) and kind != SPECIAL else kind, entry.path)
         elif entry.is_symlink() and _holds(os.path.realpath(entry.path), real):
             unused.add(AGAIN, entry.path)
         else:
@@ -118,11 +119,11 @@ def _images(folder: str, label: str, split: Split, own: list[str], unused: Notes
                     continue
             yield from _images(entry.path, label, split, own, unused)
         elif not _is_image(entry.name):
-            unused.add(_other(entry.name), entry.path)
-        elif not (entry.is_symlink() or entry.is_file()):
+            unused.add(_other(entry), entry.path)
+        elif not _is_file(entry):
             unused.add(SPECIAL, entry.path)
         else:
-            if entry.is_symlink() and os.path.isfile(entry.path):  # a dead link stays a sample: reading it names it
+            if entry.is_symlink() and os.path.exists(entry.path):
                 split.links.append((entry.path, os.path.realpath(entry.path), label))
             if split.nested is None and os.path.dirname(folder) != os.fspath(split.path):
                 split.nested = entry.path
@@ -218,12 +219,29 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether an entry that is no folder may be read as a file. A broken link may: reading it names it."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
+
+
 def _is_image(name: str) -> bool:
     return not _is_hidden(name) and os.path.splitext(name)[1].lower() in FORMAT_OF
 
 
-def _other(name: str) -> str:
-    suffix = os.path.splitext(name)[1].lower()
+def _other(entry: os.DirEntry) -> str:
+    """What an entry that is no folder is counted as. ValueError for a broken link, which may stand for a folder."""
+    if entry.is_symlink():
+        try:
+            os.stat(entry.path)
+        except OSError as error:
+            raise ValueError(
+                f"{shown(entry.path)} is a broken link ({error.strerror}); expected one to a folder or a file"
+            ) from error
+    if not _is_file(entry):
+        return SPECIAL
+    suffix = os.path.splitext(entry.name)[1].lower()
     return f"{suffix} files" if suffix else "files without a suffix"
 
 
