@@ -142,6 +142,54 @@ def test_testing_on_training_images_is_said(tmp_path):
     assert found.test_images == 6 and "training images are tested on: 2 files or folders are in both" in said
 
 
+def test_hard_links_are_listed_once(tmp_path):
+    root = tree(tmp_path / "set")
+    dog = root / "train" / "dog"
+    os.link(dog / "0.png", dog / "again.png")
+    (dog / "more").mkdir()
+    os.link(dog / "0.png", dog / "more" / "again.png")
+    (dog / "through.png").symlink_to(tmp_path / "kept.png")
+    os.link(dog / "1.png", tmp_path / "kept.png")
+    os.link(dog / "2.png", tmp_path / "backup.png")
+    found, said = load(root)
+    assert labels(found) == {10: [0] * 3, 200: [1] * 3}
+    assert f"3 links to what is listed already (such as {dog / 'again.png'})" in said
+
+
+def test_numbers_of_files_that_are_the_same_on_two_devices_mean_nothing(tmp_path, monkeypatch):
+    root = tree(tmp_path)
+    for path in root.rglob("*.png"):
+        os.link(path, path.with_suffix(".kept"))
+    real = folder._images
+
+    def images(path, label, split, *others):
+        for path in real(path, label, split, *others):
+            split.inodes[path] = 2**32 - 1
+            yield path
+
+    monkeypatch.setattr(folder, "_images", images)
+    found, said = load(root)
+    assert (found.train_images, found.test_images) == (6, 6)
+    assert "listed already" not in said and "tested on" not in said
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_hard_link_in_two_classes_is_refused(tmp_path, split):
+    root = tree(tmp_path)
+    os.link(root / "train" / "cat" / "0.png", root / split / "dog" / "x.png")
+    message = refusal(root)
+    assert "are the same, through links, in class" in message and f"{split}/dog/x.png" in message
+
+
+def test_testing_on_hard_links_to_training_images_is_said_once(tmp_path):
+    root = tree(tmp_path / "set")
+    for index in range(2):
+        os.link(root / "train" / "dog" / f"{index}.png", root / "test" / "dog" / f"x{index}.png")
+    os.link(root / "train" / "dog" / "2.png", tmp_path / "backup.png")
+    (root / "test" / "dog" / "y.png").symlink_to("../../train/dog/2.png")
+    assert "training images are tested on: 3 files or folders are in both" in load(root)[1]
+
+
 @pytest.mark.parametrize("where", ["train", "train/cat", "test/dog"])
 def test_hidden_entries_are_skipped_and_counted(tmp_path, where):
     root = tree(tmp_path)

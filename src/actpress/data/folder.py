@@ -1,8 +1,9 @@
 """Class folders: DIR/<split>/<class>/**/<image>, two splits with the same classes.
 
 The folders directly under a split are the classes, numbered in natural order of their names. Images in sub-folders belong to the
-class folder above them. Links are followed; no file is listed twice, and a link back into the data set ends there. What lies in
-the folders and is not used is said in one warning with counts: hidden entries, files that are no images, images outside a class.
+class folder above them. Links are followed; no file is listed twice, also not through hard links, and a link back into the data
+set ends there. What lies in the folders and is not used is said in one warning with counts: hidden entries, files that are no
+images, images outside a class.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ class Split:
     links: list[tuple[str, str, str]] = field(default_factory=list)  # images that are links: (path, real path, class)
     files: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a linked image -> (path, class)
     folders: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a folder -> (path, class)
+    inodes: dict[str, int] = field(default_factory=dict)  # path of an image -> number of its file on the device it lies on
     nested: str | None = None  # an image in a sub-folder of a class folder
 
     def where(self, real: str) -> tuple[str, str] | None:
@@ -59,7 +61,7 @@ def read(train: Path, test: Path, layout: str, num_classes: int) -> tuple[Split,
     splits = [_scan(path, entries, own, unused) for path, entries in zip((train, test), classes, strict=True)]
     for split in splits:
         _drop_repeated_links(split, unused)
-    _compare(*splits)
+    _compare(*splits, _drop_repeated_hard_links(*splits, unused))
     unused.warn("not used in the image folders: ")
     for split in splits:
         _check_filled(split, layout)
@@ -123,7 +125,10 @@ def _images(folder: str, label: str, split: Split, own: list[str], unused: Notes
         elif not _is_file(entry):
             unused.add(SPECIAL, entry.path)
         else:
-            if entry.is_symlink() and os.path.exists(entry.path):
+            if not entry.is_symlink():
+                split.inodes[entry.path] = entry.inode()  # from the listing: no call for each of a million files
+            elif os.path.exists(entry.path):
+                split.inodes[entry.path] = os.stat(entry.path).st_ino
                 split.links.append((entry.path, os.path.realpath(entry.path), label))
             if split.nested is None and os.path.dirname(folder) != os.fspath(split.path):
                 split.nested = entry.path
@@ -141,16 +146,46 @@ def _drop_repeated_links(split: Split, unused: Notes) -> None:
             _check_same_class(path, label, *first)
             repeated.add(path)
             unused.add(AGAIN, path)
-    if repeated:
-        split.samples = [sample for sample in split.samples if sample[0] not in repeated]
+    _drop(split, repeated)
 
 
-def _compare(train: Split, test: Split) -> None:
+def _drop_repeated_hard_links(train: Split, test: Split, unused: Notes) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """The same for hard links. Returns the images that both splits hold: (path, class) in test, and in train."""
+    seen, repeated = set(), set()
+    for split in (train, test):
+        for inode in split.inodes.values():
+            (repeated if inode in seen else seen).add(inode)
+    firsts = []
+    for split in (train, test):
+        first, again = {}, set()
+        for path, index in split.samples:
+            if split.inodes.get(path) not in repeated:
+                continue
+            status = os.stat(path)
+            if status.st_nlink == 1:  # met through a symbolic link, or its number on another device
+                continue
+            place = first.setdefault((status.st_dev, status.st_ino), (path, split.classes[index]))
+            if place[0] != path:
+                _check_same_class(path, split.classes[index], *place)
+                again.add(path)
+                unused.add(AGAIN, path)
+        _drop(split, again)
+        firsts.append(first)
+    return [(firsts[1][file], firsts[0][file]) for file in firsts[1] if file in firsts[0]]
+
+
+def _drop(split: Split, paths: set[str]) -> None:
+    if paths:
+        split.samples = [sample for sample in split.samples if sample[0] not in paths]
+
+
+def _compare(train: Split, test: Split, hard_links: list[tuple[tuple[str, str], tuple[str, str]]]) -> None:
     """Warn of images that both splits hold through links, which makes a test accuracy one of training."""
     shared = Notes()
     pairs = [(found, train.folders.get(real)) for real, found in test.folders.items()]
     pairs += [(found, train.where(real)) for real, found in test.files.items()]
     pairs += [(found, test.where(real)) for real, found in train.files.items() if real not in test.files]
+    pairs += [(found, other) for found, other in hard_links if os.path.realpath(found[0]) != os.path.realpath(other[0])]
     for (path, label), other in pairs:
         if other is not None:
             _check_same_class(path, label, *other)
