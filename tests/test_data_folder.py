@@ -163,9 +163,9 @@ def test_numbers_of_files_that_are_the_same_on_two_devices_mean_nothing(tmp_path
     real = folder._images
 
     def images(path, label, split, *others):
-        for path in real(path, label, split, *others):
-            split.inodes[path] = 2**32 - 1
-            yield path
+        found = list(real(path, label, split, *others))
+        split.inodes.update(dict.fromkeys(found, 2**32 - 1))
+        return found
 
     monkeypatch.setattr(folder, "_images", images)
     found, said = load(root)
@@ -266,6 +266,18 @@ def test_classes_that_differ_are_named(tmp_path):
     picture(root / "test" / "Cat" / "0.png")
     message = refusal(root)
     assert "classes 'extra0'" in message and "and 3 more" in message and "only one of" in message
+
+
+def test_class_names_that_look_the_same_are_told_apart(tmp_path):
+    root = tree(tmp_path)
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    picture(root / "train" / composed / "0.png")
+    picture(root / "train" / "\u00fc" / "0.png")
+    picture(root / "test" / decomposed / "0.png")
+    assert f"classes {composed!a}, '\u00fc', {decomposed!a}: in only one of" in refusal(root)
+    (root / "test" / decomposed).rename(root / "train" / decomposed)
+    os.link(root / "train" / composed / "0.png", root / "train" / decomposed / "1.png")
+    assert f"in class {composed!a} and in class {decomposed!a};" in refusal(root)
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ images, images outside a class.
 import hashlib
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,9 @@ class Split:
     links: list[tuple[str, str, str]] = field(default_factory=list)  # images that are links: (path, real path, class)
     files: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a linked image -> (path, class)
     folders: dict[str, tuple[str, str]] = field(default_factory=dict)  # real path of a folder -> (path, class)
-    inodes: dict[str, int] = field(default_factory=dict)  # path of an image -> number of its file on the device it lies on
+    inodes: dict[str, int] = field(
+        default_factory=dict
+    )  # path of an image -> number of its file on the device it lies on
     nested: str | None = None  # an image in a sub-folder of a class folder
 
     def where(self, real: str) -> tuple[str, str] | None:
@@ -149,7 +153,9 @@ def _drop_repeated_links(split: Split, unused: Notes) -> None:
     _drop(split, repeated)
 
 
-def _drop_repeated_hard_links(train: Split, test: Split, unused: Notes) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+def _drop_repeated_hard_links(
+    train: Split, test: Split, unused: Notes
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     """The same for hard links. Returns the images that both splits hold: (path, class) in test, and in train."""
     seen, repeated = set(), set()
     for split in (train, test):
@@ -195,8 +201,9 @@ def _compare(train: Split, test: Split, hard_links: list[tuple[tuple[str, str], 
 
 def _check_same_class(path: str, label: str, other_path: str, other: str) -> None:
     if label != other:
+        here, there = _told_apart([label, other])
         raise ValueError(
-            f"{shown(path)} and {shown(other_path)} are the same, through links, in class {label!r} and in class {other!r}; "
+            f"{shown(path)} and {shown(other_path)} are the same, through links, in class {here} and in class {there}; "
             "expected in one class"
         )
 
@@ -219,15 +226,22 @@ def _check_classes(train: Split, test: Split, num_classes: int) -> None:
     if odd:
         which = "class" if len(odd) == 1 else "classes"
         raise ValueError(
-            f"{which} {_listed([repr(name) for name in odd])}: in only one of {shown(train.path)} and {shown(test.path)}; "
+            f"{which} {_listed(_told_apart(odd))}: in only one of {shown(train.path)} and {shown(test.path)}; "
             "expected in both"
         )
     if len(train.classes) != num_classes:
         nested = f"; {shown(train.nested)} belongs to the class folder above it" if train.nested else ""
         raise ValueError(
             f"{shown(train.path)} has {len(train.classes)} classes with images; expected {num_classes} (data.num_classes): "
-            f"{_listed([repr(name) for name in train.classes])}{nested}"
+            f"{_listed(_told_apart(train.classes))}{nested}"
         )
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """The names quoted; those that look like another one, such as composed and decomposed accents, in ASCII."""
+    look = [unicodedata.normalize("NFKC", name) for name in names]
+    counts = Counter(look)
+    return [ascii(name) if counts[as_seen] > 1 else repr(name) for name, as_seen in zip(names, look, strict=True)]
 
 
 def _listed(names: list[str]) -> str:
