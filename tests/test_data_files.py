@@ -12,10 +12,11 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from actpress.data import ImageError
-from actpress.data.files import ALPHA, DEEP, EXIF, FORMAT_OF, FRAMES, FileImages
+from actpress.data.files import ALPHA, DEEP, EXIF, FORMAT_OF, FRAMES, LAB, FileImages
 from test_data import create, epoch, same
 
 RGB = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+RGB16 = RGB.astype(np.uint16) * 256 + 99
 GREY16 = np.random.default_rng(1).integers(0, 65536, (8, 12), dtype=np.uint16)
 
 
@@ -27,32 +28,45 @@ def picture(value: int = 0, side: int = 32) -> Image.Image:
     return Image.fromarray(np.full((side, side, 3), value, np.uint8))
 
 
-def tiff(values_HW: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
-    """A grey TIFF of one strip, little-endian; 12 bits are packed, two samples in three bytes."""
-    height, width = values_HW.shape
+def tiff(values: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
+    """A grey or RGB TIFF of one strip, little-endian; 12 bits are packed, two samples in three bytes."""
+    height, width, *colours = values.shape
     if bits == 12:
-        first, second = values_HW[:, ::2].astype(int), values_HW[:, 1::2].astype(int)
+        first, second = values[:, ::2].astype(int), values[:, 1::2].astype(int)
         packed = (
             np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8).tobytes()
         )
     else:
-        packed = values_HW.astype("<u2").tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 0 if white_is_zero else 1)]
-    tags += [(273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, height), (279, len(packed))]
+        packed = values.astype("<u2").tobytes()
+    photometric = 2 if colours else int(not white_is_zero)
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric)]
+    begin = 8 + 2 + 9 * 12 + 4
+    tags += [(273, begin), (277, 3 if colours else 1), (278, height), (279, len(packed))]
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + packed
+    if colours:  # three numbers do not fit into an entry: they lie behind the pixels
+        entries = entries.replace(
+            struct.pack("<HHII", 258, 3, 1, bits), struct.pack("<HHII", 258, 3, 3, begin + len(packed))
+        )
+    return (
+        b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed + struct.pack("<3H", bits, bits, bits)
+    )
 
 
 def png16(values_HWC: np.ndarray) -> bytes:
-    """A 16-bit RGB PNG, which Pillow reads and does not write."""
-    height, width, _ = values_HWC.shape
+    """A 16-bit PNG of grey and alpha, RGB or RGBA, which Pillow reads and does not write."""
+    height, width, channels = values_HWC.shape
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def ppm16(values_HWC: np.ndarray, largest: int) -> bytes:
+    height, width, _ = values_HWC.shape
+    return f"P6 {width} {height} {largest}\n".encode() + values_HWC.astype(">u2").tobytes()
 
 
 def saved(image: Image.Image, **how):
@@ -63,6 +77,9 @@ def written(content: bytes):
     return lambda path: path.write_bytes(content)
 
 
+LAB_IMAGE = Image.frombytes("LAB", (12, 8), RGB.tobytes())
+RED565 = b"BM" + struct.pack("<IIIIiiHHIIiiII", 258, 0, 66, 40, 12, 8, 1, 16, 3, 192, 0, 0, 0, 0)
+RED565 += struct.pack("<3I", 0xF800, 0x7E0, 0x1F) + b"\x00\xf8" * 96  # 16 bits a pixel, not a sample
 PALETTE = Image.fromarray(RGB).quantize(8)
 PALETTE_RGB = np.asarray(PALETTE.convert("RGB"))
 EVERY_ALPHA = np.dstack([RGB, RGB[..., :1]])
@@ -76,12 +93,19 @@ RIGHT = {  # name: (write the file, the pixels it shows, the notes on it)
     "rgb.TIFF": (saved(Image.fromarray(RGB)), RGB, ()),
     "rgb.tga": (saved(Image.fromarray(RGB)), RGB, ()),
     "rgb.webp": (saved(Image.fromarray(RGB), lossless=True), RGB, ()),
-    "rgb16.png": (written(png16(RGB.astype(np.uint16) * 256 + 99)), RGB, ()),
+    "rgb16.png": (written(png16(RGB16)), RGB, (DEEP,)),
+    "rgba16.png": (written(png16(np.dstack([RGB16, RGB16[..., :1]]))), RGB, (DEEP, ALPHA)),
+    "grey_alpha16.png": (written(png16(RGB16[..., :2])), grey(RGB[..., 0]), (DEEP, ALPHA)),
+    "rgb16.tif": (written(tiff(RGB16, 16)), RGB, (DEEP,)),
+    "rgb16.ppm": (written(ppm16(RGB.astype(np.uint16) * 257, 65535)), RGB, (DEEP,)),
+    "rgb10.ppm": (written(ppm16(RGB.astype(np.uint16) * 4, 1020)), RGB, (DEEP,)),
+    "rgb16.bmp": (written(RED565), np.full((8, 12, 3), (255, 0, 0)), ()),
     "grey.png": (saved(Image.fromarray(RGB[..., 0])), grey(RGB[..., 0]), ()),
     "one_bit.png": (saved(Image.fromarray(RGB[..., 0] > 99)), grey((RGB[..., 0] > 99) * 255), ()),
     "palette.png": (saved(PALETTE), PALETTE_RGB, ()),
     "palette.gif": (saved(PALETTE), PALETTE_RGB, ()),
     "cmyk.tif": (saved(Image.fromarray(RGB).convert("CMYK")), RGB, ()),
+    "lab.tif": (saved(LAB_IMAGE), np.asarray(LAB_IMAGE.convert("RGB")), (LAB,)),
     "opaque.png": (saved(Image.fromarray(np.dstack([RGB, np.full((8, 12), 255, np.uint8)]))), RGB, ()),
     "alpha.png": (saved(Image.fromarray(EVERY_ALPHA)), RGB, (ALPHA,)),
     "grey_alpha.png": (saved(Image.fromarray(RGB[..., :2].copy(), "LA")), grey(RGB[..., 0]), (ALPHA,)),
@@ -106,6 +130,7 @@ RIGHT = {  # name: (write the file, the pixels it shows, the notes on it)
     "frames.png": (saved(FRAME_LIST[0], **SEVERAL), np.asarray(FRAME_LIST[0]), (FRAMES,)),
     "frames.webp": (saved(FRAME_LIST[0], lossless=True, **SEVERAL), np.asarray(FRAME_LIST[0]), (FRAMES,)),
     "damaged_exif.png": (saved(Image.fromarray(RGB), exif=b"Exif\0\0not a TIFF header"), RGB, (EXIF,)),
+    "truncated_exif.png": (saved(Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02"), RGB, (EXIF,)),
 }
 
 
@@ -113,7 +138,9 @@ RIGHT = {  # name: (write the file, the pixels it shows, the notes on it)
 def test_a_file_is_read_as_what_it_shows(tmp_path, name):
     write, shows, notes = RIGHT[name]
     write(tmp_path / name)
-    image, found = FileImages([(str(tmp_path / name), 0)]).read(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image, found = FileImages([(str(tmp_path / name), 0)]).read(0)
     assert image.mode == "RGB" and found == notes
     assert np.array_equal(np.asarray(image), shows)
 
@@ -268,6 +295,19 @@ def test_a_name_that_cannot_be_printed_stays_on_one_line(tmp_path):
 
 
 # Sizes
+
+
+def test_a_large_image_is_read_in_silence_until_pillow_refuses_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    root = folders(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(root, "resident").train_images == 6
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        with pytest.raises(
+            ImageError, match=r"class0/0\.png is not a readable image \(Image size \(1024 pixels\) exceeds"
+        ):
+            load(root, "resident")
 
 
 @pytest.mark.parametrize("size", [(32, 48), (64, 64), (20, 32), (16, 16)])

@@ -2,8 +2,8 @@
 
 Palette, grey, CMYK and 1-bit images become RGB as Pillow converts them. EXIF orientation is applied. Of 16-bit samples the
 upper 8 bits are used, as Pillow does for 16-bit colour; Pillow alone would clip 16-bit grey to white. Of several frames the
-first is used, and alpha is ignored, as in torchvision and timm. These three lose something, so they are counted (`Notes`).
-32-bit and float samples have no fixed range to scale from and are refused.
+first is used, and alpha is ignored, as in torchvision and timm. LAB becomes sRGB, which holds fewer colours. These four lose
+something, so they are counted (`Notes`). 32-bit and float samples have no fixed range to scale from and are refused.
 """
 
 import os
@@ -37,6 +37,7 @@ LOSSY = "image files are read with a loss: "  # and then, how many
 FRAMES = "of several frames, the first is used"
 DEEP = "of 16-bit samples, the upper 8 bits are used"
 ALPHA = "with transparent pixels, alpha is ignored"
+LAB = "of LAB colours, those outside sRGB are clipped"
 EXIF = "with damaged EXIF data, read as not rotated"
 
 # What Pillow's decoders raise for a damaged, hostile or unsupported file.
@@ -53,7 +54,6 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,8 +120,10 @@ class FileImages:
         """RGB image and the notes on it; ImageError naming the file if it cannot be decoded."""
         path = self.path(index)
         try:
-            with Image.open(path) as image:
-                return _decode(image)
+            with warnings.catch_warnings(record=True) as said:  # Pillow's, which name no file
+                warnings.simplefilter("always")
+                with Image.open(path) as image:
+                    return _decode(image, said)
         except _UNREADABLE as error:
             reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
             raise ImageError(f"{shown(path)} is not a readable image ({reason})") from error
@@ -154,17 +156,24 @@ class FileImages:
         return FileImages(self._samples, self._indices[torch.as_tensor(indices)])
 
 
-def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """(8-bit RGB, upright; the notes on what it lost)."""
+def _decode(image: Image.Image, said: list[warnings.WarningMessage]) -> tuple[Image.Image, tuple[str, ...]]:
+    """(8-bit RGB, upright; the notes on what it lost). `said` are the warnings on this file, also those to come."""
     notes = []
+    deep = _is_deep_colour(image)
     if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is a photo and its preview
         notes.append(FRAMES)
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
+        damaged = orientation is None and any("orrupt EXIF" in str(warning.message) for warning in said)
     except _UNREADABLE:
-        orientation = None
+        orientation, damaged = None, True
+    if damaged:
         notes.append(EXIF)
+    if deep:
+        notes.append(DEEP)
+    if image.mode == "LAB":
+        notes.append(LAB)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         notes.append(DEEP)
         values_HW = np.asarray(image)
@@ -173,7 +182,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
             notes.append(ALPHA)
         rgb = Image.fromarray(_upper_bits(values_HW, image)).convert("RGB")
     elif image.mode in ("I", "F"):
-        kind = "float" if image.mode == "F" else "32-bit"
+        kind = "float" if image.mode == "F" else "signed or 32-bit"
         raise ValueError(f"{kind} samples, whose range is not known; expected 8 or 16 bits a sample")
     elif _may_be_transparent(image):
         rgba = image.convert("RGBA")
@@ -185,6 +194,15 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     return rgb, tuple(notes)
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow will bring colour of more than 8 bits a sample to 8, which only an image not yet decoded tells."""
+    if image.mode.startswith("I"):  # grey, which keeps its 16 bits
+        return False
+    if image.format == "PPM":
+        return any(tile.codec_name.startswith("ppm") and tile.args[-1] > 255 for tile in image.tile)
+    return image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
 
 
 def _upper_bits(values_HW: np.ndarray, image: Image.Image) -> np.ndarray:
