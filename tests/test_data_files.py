@@ -99,6 +99,12 @@ RIGHT = {  # name: (write the file, the pixels it shows, the notes on it)
     "rgb16.tif": (written(tiff(RGB16, 16)), RGB, (DEEP,)),
     "rgb16.ppm": (written(ppm16(RGB.astype(np.uint16) * 257, 65535)), RGB, (DEEP,)),
     "rgb10.ppm": (written(ppm16(RGB.astype(np.uint16) * 4, 1020)), RGB, (DEEP,)),
+    "plain_rgb10.ppm": (
+        written(b"P3 12 8 1020 " + b" ".join(b"%d" % (4 * value) for value in RGB.ravel())),
+        RGB,
+        (DEEP,),
+    ),
+    "plain_one_bit.pbm": (written(b"P1 12 8 " + b"0 1 " * 48), grey(np.tile([255, 0], (8, 6))), ()),
     "rgb16.bmp": (written(RED565), np.full((8, 12, 3), (255, 0, 0)), ()),
     "grey.png": (saved(Image.fromarray(RGB[..., 0])), grey(RGB[..., 0]), ()),
     "one_bit.png": (saved(Image.fromarray(RGB[..., 0] > 99)), grey((RGB[..., 0] > 99) * 255), ()),

@@ -201,7 +201,9 @@ def _is_deep_colour(image: Image.Image) -> bool:
     if image.mode.startswith("I"):  # grey, which keeps its 16 bits
         return False
     if image.format == "PPM":
-        return any(tile.codec_name.startswith("ppm") and tile.args[-1] > 255 for tile in image.tile)
+        return image.mode == "RGB" and any(
+            tile.codec_name.startswith("ppm") and tile.args[1] > 255 for tile in image.tile
+        )
     return image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
 
 
