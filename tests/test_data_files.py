@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from actpress.data import ImageError
-from actpress.data.files import ALPHA, DEEP, EXIF, FORMAT_OF, FRAMES, LAB, FileImages
+from actpress.data.files import ALPHA, DEEP, DISGUISED, EXIF, FORMAT_OF, FRAMES, LAB, FileImages
 from test_data import create, epoch, same
 
 RGB = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -100,7 +100,7 @@ RIGHT = {  # name: (write the file, the pixels it shows, the notes on it)
     "rgb16.ppm": (written(ppm16(RGB.astype(np.uint16) * 257, 65535)), RGB, (DEEP,)),
     "rgb10.ppm": (written(ppm16(RGB.astype(np.uint16) * 4, 1020)), RGB, (DEEP,)),
     "plain_rgb10.ppm": (
-        written(b"P3 12 8 1020 " + b" ".join(b"%d" % (4 * value) for value in RGB.ravel())),
+        written(b"P3 12 8 1020 " + b" ".join(b"%d" % (4 * value) for value in RGB.ravel().tolist())),
         RGB,
         (DEEP,),
     ),
@@ -209,6 +209,26 @@ def test_files_of_any_image_suffix_are_counted_in(tmp_path, suffix):
         found = load(root, "auto")
     assert found.train_images == 10
     assert FORMAT_OF[f".{suffix.lower()}"] in found.label and "PNG" in found.label
+
+
+def test_the_label_names_the_formats_of_both_splits(tmp_path):
+    root = folders(tmp_path)
+    for path in (root / "test").rglob("*.png"):
+        picture().save(path.with_suffix(".webp"))
+        path.unlink()
+    assert load(root, "auto").label == "CIFAR-10 (PNG, WebP)"
+
+
+@pytest.mark.parametrize(("format_", "suffix"), [("JPEG", "png"), ("PNG", "jpg"), ("WEBP", "jpeg"), ("ICO", "png")])
+def test_a_file_of_another_format_than_its_suffix_is_noted(tmp_path, format_, suffix):
+    picture().save(tmp_path / f"x.{suffix}", format=format_)
+    assert DISGUISED in FileImages([(str(tmp_path / f"x.{suffix}"), 0)]).read(0)[1]
+
+
+@pytest.mark.parametrize("suffix", sorted(set(FORMAT_OF) - {".pfm"}))  # floats, which are refused
+def test_a_file_of_the_format_of_its_suffix_is_not_noted(tmp_path, suffix):
+    picture().save(tmp_path / f"x{suffix}", format="MPO" if suffix == ".mpo" else None)
+    assert FileImages([(str(tmp_path / f"x{suffix}"), 0)]).read(0)[1] == ()
 
 
 @pytest.mark.parametrize(("pipeline", "workers"), [("resident", 0), ("stream", 0), ("stream", 2)])

@@ -70,7 +70,8 @@ def create(
 
     data: name, source, root, num_classes, image_size, mean, std, label, pipeline, train_size, test_size. The two sizes,
     where not null, keep that many images, chosen by one fixed permutation, the same for every seed.
-    synthetic images are noise and are not augmented. A folder of files adds its format to the label: "CIFAR-10 (JPEG)".
+    synthetic images are noise and are not augmented. A folder of files adds its formats to the label, by the
+    suffixes in both splits: "CIFAR-10 (JPEG)".
 
     Raises ValueError for a value that is not allowed, FileNotFoundError for data that are not there, and ImageError, a
     ValueError that names the file, for one that cannot be read: here, or in the stream pipeline when its batch is asked for.
@@ -121,8 +122,9 @@ def open_images(data: Mapping[str, Any]) -> Opened:
     *full, fingerprint = load(name, data["source"], data["root"], data["num_classes"], data["image_size"], *sizes)
     train, test = (_keep(images, size, key) for images, size, key in zip(full, sizes, ("train", "test"), strict=True))
     label = data["label"]
-    if train.formats and name != "imagenet":
-        label = f"{label} ({', '.join(train.formats)})"
+    formats = sorted({*train.formats, *test.formats})
+    if formats and name != "imagenet":
+        label = f"{label} ({', '.join(formats)})"
     facts = {"label": label, "train_images": len(train), "test_images": len(test)}
     return Opened(train, test, facts | ({"fingerprint": fingerprint} if fingerprint else {}))
 

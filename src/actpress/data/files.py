@@ -3,7 +3,8 @@
 Palette, grey, CMYK and 1-bit images become RGB as Pillow converts them. EXIF orientation is applied. Of 16-bit samples the
 upper 8 bits are used, as Pillow does for 16-bit colour; Pillow alone would clip 16-bit grey to white. Of several frames the
 first is used, and alpha is ignored, as in torchvision and timm. LAB becomes sRGB, which holds fewer colours. These four lose
-something, so they are counted (`Notes`). 32-bit and float samples have no fixed range to scale from and are refused.
+something, so they are counted (`Notes`), as are files whose format is not that of their suffix, which a data label goes by.
+32-bit and float samples have no fixed range to scale from and are refused.
 """
 
 import os
@@ -31,13 +32,15 @@ FORMATS = {  # format, as a label names it -> suffixes; files of other suffixes 
     "QOI": (".qoi",),
     "PCX": (".pcx",),
 }
+_OTHER_NAMES = {"MPO": "JPEG", "DIB": "BMP", "JPEG2000": "JPEG 2000", "WEBP": "WebP"}  # format, as Pillow names it
 FORMAT_OF = {suffix: name for name, suffixes in FORMATS.items() for suffix in suffixes}
 
-LOSSY = "image files are read with a loss: "  # and then, how many
+ABOUT = "about the image files: "  # and then, how many
 FRAMES = "of several frames, the first is used"
 DEEP = "of 16-bit samples, the upper 8 bits are used"
 ALPHA = "with transparent pixels, alpha is ignored"
 LAB = "of LAB colours, those outside sRGB are clipped"
+DISGUISED = "of another format than their suffix says"
 EXIF = "with damaged EXIF data, read as not rotated"
 
 # What Pillow's decoders raise for a damaged, hostile or unsupported file.
@@ -123,7 +126,10 @@ class FileImages:
             with warnings.catch_warnings(record=True) as said:  # Pillow's, which name no file
                 warnings.simplefilter("always")
                 with Image.open(path) as image:
-                    return _decode(image, said)
+                    rgb, notes = _decode(image, said)
+                    if _OTHER_NAMES.get(image.format, image.format) != FORMAT_OF[os.path.splitext(path)[1].lower()]:
+                        notes += (DISGUISED,)
+                    return rgb, notes
         except _UNREADABLE as error:
             reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
             raise ImageError(f"{shown(path)} is not a readable image ({reason})") from error
@@ -149,7 +155,7 @@ class FileImages:
             pixels_NHWC[index] = image
             for kind in kinds:
                 notes.add(kind, self.path(index))
-        notes.warn(LOSSY)
+        notes.warn(ABOUT)
         return torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).contiguous()
 
     def subset(self, indices: Sequence[int]) -> "FileImages":

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from .augment import Augment, mix, seeded
-from .files import LOSSY, ImageError, Notes
+from .files import ABOUT, ImageError, Notes
 from .sources import Images
 
 
@@ -140,7 +140,7 @@ class _Noting:
             error.__traceback__ = None  # torch's refers to itself and to the workers, which would then be stopped late
         if unreadable:
             raise ImageError(unreadable)
-        self.notes.warn(LOSSY)
+        self.notes.warn(ABOUT)
 
 
 def _train_transform(augment: Augment, image_size: int, mean: tuple[float, ...]):
