@@ -1,10 +1,11 @@
-"""Image files: decoded to 8-bit RGB, upright, with a word about everything that RGB cannot hold.
+"""Image files: decoded to 8-bit RGB, upright, with a word about what is lost on the way.
 
 Palette, grey, CMYK and 1-bit images become RGB as Pillow converts them. EXIF orientation is applied. Of 16-bit samples the
 upper 8 bits are used, as Pillow does for 16-bit colour; Pillow alone would clip 16-bit grey to white. Of several frames the
 first is used, and alpha is ignored, as in torchvision and timm. LAB becomes sRGB, which holds fewer colours. These four lose
 something, so they are counted (`Notes`), as are files whose format is not that of their suffix, which a data label goes by.
-32-bit and float samples have no fixed range to scale from and are refused.
+32-bit and float samples have no fixed range to scale from and are refused. Not noted: colour profiles, which are ignored, and colour
+of more than 8 bits in JPEG 2000 and AVIF, which Pillow hands over as 8 bits.
 """
 
 import os
