@@ -243,6 +243,18 @@ def test_a_broken_link_that_may_stand_for_a_folder_is_named(tmp_path, name, targ
     assert refusal(tmp_path) == f"{place} is a broken link ({reason}); expected one to a folder or a file"
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_split_that_is_a_broken_link_is_named(tmp_path, name):
+    tree(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "validation")
+    (tmp_path / "train").rename(tmp_path / "kept")
+    (tmp_path / "train").symlink_to("nowhere" if name == "train" else "kept")
+    if name == "val":
+        (tmp_path / "val").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"/{name} is a broken link; expected the layout"):
+        create("imagenet", batch_size=2, root=str(tmp_path), num_classes=2)
+
+
 def test_a_split_without_class_folders_is_refused(tmp_path):
     for split in ("train", "test"):
         picture(tmp_path / split / "0.png")

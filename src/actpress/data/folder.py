@@ -54,10 +54,11 @@ class Split:
 
 def read(train: Path, test: Path, layout: str, num_classes: int) -> tuple[Split, Split]:
     """Both splits. Raises FileNotFoundError for one that is missing, ValueError for classes that differ, are empty, or are not
-    num_classes in number, and for a file that is listed in two classes. Warns of what is not used."""
+    num_classes in number, for a file that is listed in two classes, and for a broken link. Warns of what is not used."""
     for path in (train, test):
         if not path.is_dir():
-            raise FileNotFoundError(f"{path} is missing; expected the layout {layout}")
+            what = "a broken link" if path.is_symlink() and not path.exists() else "missing"
+            raise FileNotFoundError(f"{shown(path)} is {what}; expected the layout {layout}")
     unused = Notes()
     classes = [_class_folders(path, unused) for path in (train, test)]
     own = [os.path.realpath(entry.path) for entries in classes for entry in entries]

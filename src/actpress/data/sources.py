@@ -114,7 +114,7 @@ def _folder(name: str, root: str | None, num_classes: int) -> tuple[Images, Imag
     if not directory.is_dir():
         raise FileNotFoundError(f"data.root {directory} is not a directory; {name} from a folder needs {layout}")
     candidates = [directory / split for split in _TEST_FOLDERS[name]]
-    test_directory = next((path for path in candidates if path.is_dir()), candidates[0])
+    test_directory = next((path for path in candidates if path.is_dir() or path.is_symlink()), candidates[0])
     train, test = folder.read(directory / "train", test_directory, layout, num_classes)
     return FileImages(train.samples), FileImages(test.samples), folder.fingerprint(train, test)
 
