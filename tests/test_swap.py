@@ -234,9 +234,9 @@ def test_changed_modules_know_their_name_method_and_stock_class():
     for model in (net, twin):
         noted = {applied.of(module) for module in model.modules()} - {None}
         assert noted == {
-            Applied("0", "Division(bits=4)", Functional),
-            Applied("0.conv", "Division(bits=4)", nn.Conv2d),
-            Applied("1.0", "Division(bits=4)", nn.Linear),
+            Applied("0", "Division(bits=4)", Functional, f"{__name__}.Functional"),
+            Applied("0.conv", "Division(bits=4)", nn.Conv2d, "actpress.layers.conv.Conv2d"),
+            Applied("1.0", "Division(bits=4)", nn.Linear, "actpress.layers.matmul.Linear"),
         }
 
 

@@ -8,6 +8,9 @@ dataclass: all it knows is in its fields. The weight gradients decode first; a c
 downsample) is encoded once: the code is remembered for the tensor, weakly, and dies with the graph that saved it. What is remembered stands
 in tables beside the tensors (keys are weak), so that a tensor can be saved, pickled and copied as any other.
 
+The content of a tensor can change without a new version (x.data = ..., a numpy array that shares its memory) while an earlier graph still
+holds the code. So a layer that reads a tensor for the second time gets a new code: another forward pass has begun.
+
 `keep_normalised` is what norms call. Their backward pass reads the normalised input alone, which is bounded whatever the scale of a token
 or channel; coded as it is, a small token beside large ones would be lost in their steps, and 1 / deviation amplify the error.
 
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from actpress.kernels.layout import is_channels_last
@@ -136,31 +140,43 @@ def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask
     )
 
 
-_codes = WeakTensorKeyDictionary()  # x -> {(codec, dtype, version, shape): (like, weak references to what is kept)}
-_masks = WeakTensorKeyDictionary()  # output of a ReLU -> (packed mask, version, channels_last)
+class _Code(NamedTuple):
+    """What is remembered of a tensor that was encoded."""
+
+    key: tuple  # codec, dtype, version, shape
+    memory: StorageWeakRef  # the tensor's
+    readers: set[tuple[int, str]]  # layers that got this code
+    like: Like
+    kept: list[TensorWeakRef]
+
+
+_codes = WeakTensorKeyDictionary()  # x -> _Code
+_masks = WeakTensorKeyDictionary()  # output of a ReLU -> (packed mask, version, channels_last, memory)
 
 
 def keep(
-    codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size | None = None
+    codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size, origin: str
 ) -> tuple[Like, tuple[Tensor, ...]]:
-    """x, cast to `dtype` and viewed as `shape` (default: its own), as `codec` keeps it: (like, kept).
+    """x, cast to `dtype` and viewed as `shape`, as `codec` keeps it: (like, kept). origin: the layer that reads x, see Layer.origin.
 
-    The same x, unmodified, gives the same kept tensors for as long as they live.
+    The same x, unmodified, gives the same kept tensors for as long as they live, to each layer once.
     """
-    shape = x.shape if shape is None else shape
     if torch.compiler.is_compiling() or not codec.shared:
         return _encode(codec, x, context, dtype, shape)
-    key = (codec, dtype, x._version, shape)
-    like, references = _codes.get(x, {}).get(key, (None, ()))
-    kept = tuple(reference() for reference in references)
-    if like is None or any(tensor is None for tensor in kept):
-        like, kept = _encode(codec, x, context, dtype, shape)
-        _codes[x] = {key: (like, [TensorWeakRef(tensor) for tensor in kept])}
+    key, memory, reader = (codec, dtype, x._version, shape), StorageWeakRef(x.untyped_storage()), (id(context), origin)
+    known = _codes.get(x)
+    if known is not None and (known.key, known.memory) == (key, memory) and reader not in known.readers:
+        kept = tuple(reference() for reference in known.kept)
+        if all(tensor is not None for tensor in kept):
+            known.readers.add(reader)
+            return known.like, kept
+    like, kept = _encode(codec, x, context, dtype, shape)
+    _codes[x] = _Code(key, memory, {reader}, like, [TensorWeakRef(tensor) for tensor in kept])
     return like, kept
 
 
 def keep_normalised(
-    codec: Codec, x: Tensor, normalise: Callable[[], Tensor], context: Context, shape: torch.Size
+    codec: Codec, x: Tensor, normalise: Callable[[], Tensor], context: Context, shape: torch.Size, origin: str
 ) -> tuple[Like, tuple[Tensor, ...], bool]:
     """What a norm keeps of its input x: (like, kept, whether that is the normalised input, as `shape`, or x, as `shape`).
 
@@ -173,7 +189,7 @@ def keep_normalised(
         if kept[0] is not normal:
             return like, kept, True
         codec = Dense()
-    like, kept = keep(codec, x, context, x.dtype, shape)
+    like, kept = keep(codec, x, context, x.dtype, shape, origin)
     return like, kept, False
 
 
@@ -199,7 +215,7 @@ def leave_mask(y: Tensor, packed: Tensor, inplace: bool) -> None:
     """Called by a ReLU, in the forward of its autograd.Function, with its output and packed mask: notes the mask of y."""
     if not torch.compiler.is_compiling():
         version = y._version + inplace  # autograd will count mark_dirty as one more change
-        _masks[y] = (packed, version, is_channels_last(y))
+        _masks[y] = (packed, version, is_channels_last(y), StorageWeakRef(y.untyped_storage()))
 
 
 def mask_of(y: Tensor) -> Tensor | None:
@@ -223,4 +239,4 @@ def _mask_of(x: Tensor, channels_last: bool) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or x not in _masks:
         return ()
     packed, *left = _masks[x]
-    return (packed,) if left == [x._version, channels_last] else ()
+    return (packed,) if left == [x._version, channels_last, StorageWeakRef(x.untyped_storage())] else ()

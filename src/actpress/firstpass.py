@@ -1,9 +1,15 @@
 """Watching a model once: hooks that run around its first training forward pass in eager mode, and then are gone.
 
 A pass does not count, and the watch waits for the next, in evaluation or without gradients; while torch.compile, torch.jit or torch.func
-look into the model; while a CUDA graph is captured; and in models with compiled parts, whose hooks would be compiled with them.
+look into the model; while a CUDA graph is captured; on the meta device; in models with compiled parts, whose hooks would be compiled with
+them; and in another thread while one is watched.
+
+PyTorch calls no hook after an exception such as KeyboardInterrupt. So the watched pass gets its arguments as a _Guard, which ends the watch
+when nothing holds it any more; `end_all` ends those that are left.
 """
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -13,10 +19,26 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+_open: "weakref.WeakSet[FirstPass]" = weakref.WeakSet()  # watches of a pass that has not ended
+
+
+class _Guard(tuple):
+    """The positional arguments of the watched pass. Ends the watch when it is freed, with the frame of the pass at the latest."""
+
+    def __new__(cls, args: tuple, watch: "FirstPass"):
+        guard = super().__new__(cls, args)
+        guard.watch, guard.inner = watch, args  # a guard that this one takes the place of must live on
+        return guard
+
+    def __del__(self):
+        self.watch.close(completed=False)
+
+
 class FirstPass:
     """Base of watches. Hooks are bound methods of this object, so that a watched model can be copied and pickled."""
 
     def __init__(self):
+        self.thread: int | None = None  # in which a pass is watched
         self.on_model: list[Any] = []
         self.during: list[Any] = []  # handles of hooks for the watched pass alone
         self.names: dict[nn.Module, str] = {}  # of the modules, while a pass is watched
@@ -39,26 +61,40 @@ class FirstPass:
         """The hooks are gone; completed: the forward pass raised nothing."""
         raise NotImplementedError
 
-    def begin(self, model: nn.Module, args: Any) -> None:
+    def begin(self, model: nn.Module, args: tuple) -> tuple | None:
         if _is_traced() or self.names or not (model.training and torch.is_grad_enabled()):
-            return
-        if _has_compiled_parts(model) or not self.wants(model):
-            return
-        self.names = {module: name for name, module in model.named_modules()}
+            return None
+        if _has_compiled_parts(model) or any(p.device.type == "meta" for p in model.parameters()) or not self.wants(model):
+            return None
+        self.thread, self.names = threading.get_ident(), {module: name for name, module in model.named_modules()}
+        _open.add(self)
         self.start(model)
+        return _Guard(args, self)
 
     def end(self, model: nn.Module, args: Any, y: Any) -> None:
-        if _is_traced() or not self.names:
+        if not _is_traced():
+            self.close(completed=y is not None)  # a forward pass that raised is not counted, the next one is
+
+    def close(self, completed: bool) -> None:
+        """End the watch of a pass; of one in another thread, or of none, nothing."""
+        if not self.names or self.thread != threading.get_ident():
             return
-        completed = y is not None  # a forward pass that raised is not counted, the next one is
         for handle in (
             *self.during,
             *(self.on_model if completed else ()),
         ):  # PyTorch iterates over on_model's where it raised
             handle.remove()
         self.during = []
+        _open.discard(self)
+        model = next(iter(self.names))
         self.finish(model, completed)
         self.names = {}
+
+
+def end_all() -> None:
+    """End the passes that are watched in this thread: outside of forward passes there are none but those that were interrupted."""
+    for watch in list(_open):
+        watch.close(completed=False)
 
 
 def watches(module: nn.Module) -> "list[FirstPass]":

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from actpress import applied
 from actpress.calls import variants
+from actpress.saved import CHECKPOINT, active_hooks, hook_name
 
 
 def _torch_batch_norm(
@@ -61,17 +63,29 @@ WITHOUT_EQUAL = (
 
 
 class Replacing(TorchFunctionMode):
-    """Hands calls of the functions in `table` to what the table says."""
+    """Hands calls of the functions in `table` to what the table says.
+
+    Not inside a checkpoint without re-entry that begins under it: this mode is gone when the checkpoint computes its part again, and the
+    functions must save the same tensors then. A checkpoint around it enters it again.
+    """
 
     def __init__(self, table: Mapping[Callable, Callable]):
         super().__init__()
         self.table = table
+        self.hooks = None if torch.compiler.is_compiling() else active_hooks()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if "out" in kwargs:  # autograd does not record such a call
             return func(*args, **kwargs)
-        return self.table.get(func, func)(*args, **kwargs)
+        ours = self.table.get(func)
+        if ours is None or self._in_checkpoint():
+            return func(*args, **kwargs)
+        return ours(*args, **kwargs)
+
+    def _in_checkpoint(self) -> bool:
+        hooks = None if torch.compiler.is_compiling() else active_hooks()
+        return hooks is not None and hooks != self.hooks and hook_name(hooks[0]) == CHECKPOINT
 
 
 def table_of(rules: Mapping[str, Callable]) -> dict[Callable, Callable]:
@@ -88,9 +102,12 @@ class Intercepted:
     """Mixed in front of a module's class: its forward runs under Replacing."""
 
     function_rules: Mapping[str, Callable]
+    stock_type: type[nn.Module]
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # the class is made at run time, pickle could not find it
-        return _rebuild, (type(self).__bases__[1], self.__dict__)
+        made, args, *state = super().__reduce_ex__(protocol)  # as the stock class says
+        args = tuple(self.stock_type if arg is type(self) else arg for arg in args)
+        return _rebuild, (made, args, applied.attributes(self)), *state
 
 
 def intercept(module: nn.Module, rules: Mapping[str, Callable]) -> None:
@@ -107,10 +124,15 @@ def intercept(module: nn.Module, rules: Mapping[str, Callable]) -> None:
         with Replacing(table_of(self.function_rules)):
             return stock.forward(self, *args, **kwargs)
 
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "forward": forward}
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "stock_type": stock,
+        "forward": forward,
+    }
     rules = {**rules, **vars(module).get("function_rules", {})}
     module.__class__ = type(stock.__name__, (Intercepted, stock), names)
-    module.function_rules = rules
+    vars(module)["function_rules"] = rules
 
 
 def release(module: nn.Module) -> dict[str, Callable]:
@@ -121,11 +143,11 @@ def release(module: nn.Module) -> dict[str, Callable]:
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without what `intercept` mixed in."""
-    return type(module).__bases__[1] if isinstance(module, Intercepted) else type(module)
+    return module.stock_type if isinstance(module, Intercepted) else type(module)
 
 
-def _rebuild(stock: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
-    module = stock.__new__(stock)
-    module.__dict__.update(attributes)
+def _rebuild(made: Callable[..., nn.Module], args: tuple, attributes: dict[str, Any]) -> nn.Module:
+    module = made(*args)
+    vars(module).update(attributes)
     intercept(module, attributes["function_rules"])
     return module

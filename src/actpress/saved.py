@@ -150,6 +150,7 @@ class SavedBytes:
             self._note(saved)
             return saved
 
+        pack.around = hooks
         return pack, lambda saved: saved.unpack()
 
     def _note(self, saved: "_Saved | _Packed") -> None:
@@ -237,7 +238,7 @@ def pieces(tensor: Tensor) -> list[Tensor]:
     """The tensors with memory of their own that a tensor consists of: itself; indices and values; what a subclass wraps."""
     if is_traceable_wrapper_subclass(tensor):
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        return [piece for part in inner for piece in pieces(part)]
+        return [piece for part in inner if isinstance(part, Tensor) for piece in pieces(part)]  # a DTensor names its mesh too
     if tensor.layout == torch.strided:
         return [tensor]
     return [getattr(tensor, name)() for name in PARTS.get(tensor.layout, ())]
@@ -249,7 +250,10 @@ def active_hooks() -> Hooks | None:
 
 
 def hook_name(pack: Callable) -> str:
-    """The name of PyTorch's own context where `pack` is from one, else the function's: "make_hooks.<locals>.pack"."""
+    """The name of PyTorch's own context where `pack` is from one, else the function's: "make_hooks.<locals>.pack"; of the hook that
+    a SavedBytes measures, where `pack` is a SavedBytes's."""
+    while (around := getattr(pack, "around", None)) is not None:
+        pack = around[0]
     name = getattr(pack, "__qualname__", type(pack).__qualname__)
     known = {"torch.autograd.graph": OFFLOAD, "torch.utils.checkpoint": CHECKPOINT}.get(
         getattr(pack, "__module__", None) or ""

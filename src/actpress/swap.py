@@ -6,6 +6,8 @@ a forward of its own.
 """
 
 import dataclasses
+import functools
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -23,14 +25,6 @@ from actpress.calls import calls
 from actpress.codec import Context, Dense
 from actpress.saving import Inputs, Saving
 
-ADDED = {
-    "_actpress",
-    "codec",
-    "context",
-    "late_codec",
-    "function_rules",
-    "calls",
-}  # attributes that apply gives to modules
 PRODUCTS, NORMS = (nn.Linear, _ConvNd), (nn.LayerNorm, _BatchNorm)  # see worth
 
 
@@ -131,6 +125,11 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+
+
 def _check_method(method: object) -> None:
     if not isinstance(method, Method):
         raise TypeError(
@@ -176,12 +175,35 @@ def apply(
         is watched. Either way a UserWarning says so where the method keeps hardly less than the stock model, and what stayed dense.
     where: called with each module and its name in the model; modules for which it is false are left as they are, and nothing is
         warned of. A function is replaced for the module that calls it and for what runs below it.
-    Raises TypeError if `method` is not a Method, ValueError if it matches nothing in the model (applying a method twice matches nothing
-    the second time).
+    Raises TypeError if `model` is no module or `method` no Method, ValueError if the method matches nothing in the model (applying a
+    method twice matches nothing the second time). A model for which `apply` raises is left as it was.
     """
+    _check_model(model)
     _check_method(method)
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of (name, module), got {where!r}")
+    firstpass.end_all()
     inputs = None if sample is None else Inputs.of(sample)
     stock_kept = None if inputs is None else saving.kept(model, inputs)
+    before = [(module, type(module), applied.attributes(module)) for module in model.modules()]
+    try:
+        report = _apply(model, method, where)
+        if inputs is not None:
+            report = dataclasses.replace(report, saving=saving.compare(model, inputs, label(method), stock_kept))
+        method.attach(model)
+    except BaseException:
+        for module, cls, attributes in before:
+            _put_back(module, cls, attributes)
+        raise
+    if where is None and report.replaced:
+        if report.saving is not None:
+            report.saving.warn_below(worth(method))
+        elif next(model.children(), None) is not None:  # a model of one layer has nothing else to keep
+            saving.watch(model, label(method), worth(method))
+    return report
+
+
+def _apply(model: nn.Module, method: Method, where: Callable[[str, nn.Module], bool] | None) -> Report:
     plan = [(name, module, method.replacement(name, module)) for name, module in model.named_modules()]
     report, context, functions = Report(), Context(torch.initial_seed()), method.functions()
     for name, module, replacement in plan:
@@ -202,25 +224,25 @@ def apply(
     if method.changes_model and not report.replaced:
         raise NothingMatches(_no_match(model, method, plan))
     set_epoch(model, 0)
-    if inputs is not None:
-        report = dataclasses.replace(report, saving=saving.compare(model, inputs, label(method), stock_kept))
-    method.attach(model)
-    if where is None and report.replaced:
-        if report.saving is not None:
-            report.saving.warn_below(worth(method))
-        elif next(model.children(), None) is not None:  # a model of one layer has nothing else to keep
-            saving.watch(model, label(method), worth(method))
     return report
+
+
+def _put_back(module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+    """Give a module the class and the attributes that `apply` changed."""
+    module.__class__ = cls
+    for name in applied.ATTRIBUTES:
+        vars(module).pop(name, None)
+    vars(module).update(attributes)
 
 
 def _replace(module: nn.Module, name: str, method: Method, replacement: Replacement, context: Context) -> None:
     stock = functional.stock_class(module)
     functions = functional.release(module)
-    _note(module, name, method)
     if issubclass(replacement.layer, layers.Extended):
         layers.extend(module, replacement.layer)
     else:
         module.__class__ = replacement.layer
+    _note(module, name, method, stock)
     if replacement.codec is not None:
         module.codec, module.context = replacement.codec, context
     if replacement.start_epoch:
@@ -235,15 +257,23 @@ def _replace(module: nn.Module, name: str, method: Method, replacement: Replacem
 def _replace_functions(
     name: str, module: nn.Module, method: Method, functions: Mapping[str, Callable], report: Report
 ) -> None:
-    called = calls(module, functional.stock_class(module))
+    stock = functional.stock_class(module)
+    called = calls(module, stock)
     before = set(vars(module).get("function_rules", ()))
-    ours = {function: functions[function] for function in called.found - before if function in functions}
+    generated = issubclass(stock, torch.fx.GraphModule)  # makes its own forward anew whenever it is copied
+    ours = {
+        function: _named(functions[function], f"{function}() in {name!r} under {label(method)}")
+        for function in called.found - before
+        if function in functions and not generated
+    }
     if ours:
-        _note(module, name, method)
         functional.intercept(module, ours)
+        _note(module, name, method, stock)
     for function in sorted(called.found):
         where = f"{name}.{function}()".lstrip(".")
-        if function in ours:
+        if function in functions and generated:
+            report.untouched[where] = f"{function}() untouched: called by the generated code of a torch.fx.GraphModule"
+        elif function in ours:
             report.replaced[where] = (f"{function}()", f"actpress.{function}()")
         elif function in before:
             report.untouched[where] = f"{function}() untouched: replaced before"
@@ -254,10 +284,16 @@ def _replace_functions(
         report.untouched[where] = "functions untouched: no source to read what the module calls"
 
 
-def _note(module: nn.Module, name: str, method: Method) -> None:
+def _named(function: Callable, origin: str) -> Callable:
+    """The function with its origin, for messages, if it takes one."""
+    takes = "origin" in inspect.signature(function).parameters
+    return functools.partial(function, origin=origin) if takes else function
+
+
+def _note(module: nn.Module, name: str, method: Method, stock: type[nn.Module]) -> None:
     before = applied.of(module)
     text = label(method) if before is None else f"{before.method} + {label(method)}"
-    module._actpress = Applied(name, text, functional.stock_class(module) if before is None else before.stock)
+    module._actpress = Applied(name, text, stock if before is None else before.stock, applied.class_name(module))
 
 
 def _no_match(model: nn.Module, method: Method, plan: list[tuple[str, nn.Module, Replacement | None]]) -> str:
@@ -282,18 +318,23 @@ def restore(model: nn.Module) -> list[str]:
     """Undo every `apply` on `model` or on parts of it, in place: stock classes, functions and attributes, and the hooks of apply gone.
 
     Parameters, buffers, gradients and hooks of others stay. Returns the names, in `model`, of the modules that changed; a stock model
-    is left as it is and gives an empty list. `apply` works again afterwards, with a new stream of noise.
+    is left as it is and gives an empty list. `apply` works again afterwards, with a new stream of noise. Raises RuntimeError, and changes
+    nothing, where another tool has changed a module's class since (parametrizations, fully_shard): its class would be lost.
     """
-    changed = []
-    for name, module in model.named_modules():
+    _check_model(model)
+    firstpass.end_all()
+    noted = {name: (module, note) for name, module in model.named_modules() if (note := applied.of(module)) is not None}
+    for name, (module, note) in noted.items():
+        if applied.class_name(module) != note.now:
+            raise RuntimeError(
+                f"restore: {name!r} is a {type(module).__name__}, made by another tool after apply ({note.method}); undo that first"
+            )
+    for module in model.modules():
         firstpass.remove(module)
-        note = applied.of(module)
-        if note is not None:
-            module.__class__ = note.stock
-            for attribute in ADDED & vars(module).keys():
-                delattr(module, attribute)
-            changed.append(name)
-    return changed
+    for module, note in noted.values():
+        own = applied.attributes(module) if isinstance(module, functional.Intercepted) else {}
+        _put_back(module, note.stock, {name: own[name] for name in own.keys() - {"_actpress", "function_rules"}})
+    return list(noted)
 
 
 def _why_untouched(module: nn.Module, method: Method) -> str:

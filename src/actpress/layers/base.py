@@ -1,7 +1,8 @@
 """What all layers share: when a layer keeps something of its own, dtypes under autocast, and second derivatives.
 
 A layer records for itself only where autograd will need it and the tensor is an ordinary one. Otherwise the stock layer runs, and what it
-keeps is stock's: no gradient wanted, an empty, complex, sparse or nested tensor, a tensor subclass (DTensor), torch.export. So it does
+keeps is stock's: no gradient wanted, an empty, complex, sparse or nested tensor, one of the meta device or of inference mode, a tensor
+subclass (DTensor), torch.export. So it does
 under transforms that look into the graph: torch.func (grad, vmap, jacrev), forward-mode AD, torch.jit.trace. There a warning says so.
 
 Second derivatives (create_graph=True). Gradients that are exact and linear in dy, such as dx of a convolution or of a ReLU, are made of
@@ -10,7 +11,6 @@ Such a gradient is handed through `refuse`, and whoever differentiates it gets a
 Function returns, beside its output, a probe: an empty tensor by which the gradient still hangs on all inputs of the layer, at no bytes.
 """
 
-import copyreg
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from actpress import applied
 from actpress.codec import Context
 
 WAYS_OUT = "Differentiate with respect to inputs only, leave the layer out with apply(..., where=...), or call actpress.restore(model)"
@@ -53,19 +54,23 @@ class Layer:
 class Extended(Layer):
     """Mixed in front of a library's class, which stays what it is but for its forward. The class is made at run time (`extend`)."""
 
+    mixed: tuple[type, type]  # the mixin and the library's class
     def __reduce_ex__(self, protocol: int) -> tuple:  # pickle could not find the class
-        mixin, stock = type(self).__bases__
-        return _extended, (mixin, stock), self.__dict__
+        mixin, stock = self.mixed
+        made, args, *state = super().__reduce_ex__(protocol)  # as the stock class says
+        args = tuple(stock if arg is type(self) else arg for arg in args)
+        return _extended, (made, args, mixin, applied.attributes(self)), *state
 
 
 def extend(module: nn.Module, mixin: type[Extended]) -> None:
     """Change the module's class to one that has `mixin` in front of it."""
     stock = type(module)
-    module.__class__ = type(stock.__name__, (mixin, stock), {"__module__": stock.__module__})
+    module.__class__ = type(stock.__name__, (mixin, stock), {"__module__": stock.__module__, "mixed": (mixin, stock)})
 
 
-def _extended(mixin: type[Extended], stock: type[nn.Module]) -> nn.Module:
-    module = copyreg.__newobj__(stock)
+def _extended(made: Callable[..., nn.Module], args: tuple, mixin: type[Extended], attributes: dict[str, Any]) -> nn.Module:
+    module = made(*args)
+    vars(module).update(attributes)
     extend(module, mixin)
     return module
 
@@ -83,7 +88,9 @@ def records(x: Any, *tensors: Tensor | None) -> bool:
     if torch.compiler.is_exporting() or (not compiling and _transformed()):
         return False
     ordinary = x.layout == torch.strided and x.is_floating_point() and not x.is_nested and x.numel() > 0
-    return ordinary and (compiling or not is_traceable_wrapper_subclass(x))
+    if compiling or not ordinary:
+        return ordinary
+    return not (is_traceable_wrapper_subclass(x) or x.device.type == "meta" or x.is_inference())
 
 
 def _transformed() -> bool:

@@ -22,7 +22,7 @@ class _Conv(Function):
     def forward(ctx, x, weight, bias, conv, codec, context, origin):
         ctx.dtype, ctx.conv, ctx.codec, ctx.x_dtype = compute_dtype(x), conv, codec, x.dtype
         ctx.shape, ctx.origin = x.shape, origin
-        ctx.like, kept = keep(codec, x, context, ctx.dtype, maps_shape(x.shape))
+        ctx.like, kept = keep(codec, x, context, ctx.dtype, maps_shape(x.shape), origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, probe, *kept)
         y = STOCK[x.dim() - 2](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

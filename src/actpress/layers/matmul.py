@@ -21,7 +21,7 @@ class _Linear(Function):
     def forward(ctx, x, weight, bias, transposed, codec, context, origin):
         ctx.dtype, ctx.codec, ctx.x_dtype = compute_dtype(x), codec, x.dtype
         ctx.transposed, ctx.origin = transposed, origin
-        ctx.like, kept = keep(codec, x, context, ctx.dtype, tokens_shape(x.shape))
+        ctx.like, kept = keep(codec, x, context, ctx.dtype, tokens_shape(x.shape), origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, probe, *kept)
         y = torch.addmm(bias, x, weight) if transposed else F.linear(x, weight, bias)

@@ -34,49 +34,60 @@ class _BatchNorm(Function):
         y, mean, invstd, _, _ = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
+        ctx.training, ctx.eps, ctx.codec, ctx.origin, ctx.shape = training, eps, codec, origin, x.shape
+        spread = invstd
         if not training:  # the running statistics instead of the batch's own
-            mean, invstd = running_mean, (running_var + eps).rsqrt()
-        ctx.training, ctx.codec, ctx.origin, ctx.shape = training, codec, origin, x.shape
+            mean, spread, invstd = running_mean, running_var, _inverse_deviation(running_var, eps)
         ctx.like, kept, ctx.normalised = None, (), True
         if training or ctx.needs_input_grad[1]:
 
             def normalise() -> Tensor:
-                return (x.detach() - _by_channel(mean, x)).mul_(_by_channel(invstd, x))
+                return (_wide(x) - _by_channel(mean, x)).mul_(_by_channel(invstd, x))
 
-            ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
+            ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, mean, invstd, probe, *kept)
+        ctx.save_for_backward(weight, mean, spread, probe, *kept)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        weight, mean, invstd, probe, *kept = ctx.saved_tensors
+        weight, mean, spread, probe, *kept = ctx.saved_tensors
         with torch.no_grad():
-            dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, invstd, tuple(kept))
+            dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, spread, tuple(kept))
         if differentiating_twice():
             if ctx.training:
                 dx, dw, db = refuse(ctx.origin, probe, dy, dx, dw, db)
             else:  # linear in dy
                 (dw,) = refuse(ctx.origin, probe, dy, dw)
+                invstd = _inverse_deviation(spread, ctx.eps)
                 scale = invstd if weight is None else weight * invstd
                 dx = None if dx is None else (dy * _by_channel(scale, dy)).to(dx.dtype)
                 db = None if db is None else dy.sum([d for d in range(dy.dim()) if d != 1]).to(db.dtype)
         return dx, dw, db, *(None for _ in range(8))
 
 
-def _batch_norm_backward(ctx: Any, dy: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, kept: tuple):
+def _batch_norm_backward(ctx: Any, dy: Tensor, weight: Tensor | None, mean: Tensor, spread: Tensor, kept: tuple):
+    """spread: the batch's inverse deviation, in evaluation the running variance."""
     x = ctx.codec.decode(kept, ctx.like).reshape(ctx.shape) if ctx.like else shape_only(dy, ctx.shape)
-    scale = weight
+    scale, eps = weight, 0.0 if ctx.training else ctx.eps
     if ctx.normalised:
+        invstd = spread if ctx.training else _inverse_deviation(spread, eps)
         scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
-        mean, invstd = torch.zeros_like(mean), torch.ones_like(invstd)
+        mean, spread, scale, eps = torch.zeros_like(mean), torch.ones_like(spread), scale.to(spread.dtype), 0.0
     mask = list(ctx.needs_input_grad[:3])
-    if ctx.training:
-        running, batch, eps = (None, None), (mean, invstd), 0.0
-    else:
-        running, batch, eps = (mean, invstd.square().reciprocal()), (None, None), 0.0
+    running, batch = ((None, None), (mean, spread)) if ctx.training else ((mean, spread), (None, None))
     dx, dw, db = torch.ops.aten.native_batch_norm_backward(dy, x, scale, *running, *batch, ctx.training, eps, mask)
     return dx, *(None if g is None or weight is None else g.to(weight.dtype) for g in (dw, db))
+
+
+def _inverse_deviation(var: Tensor, eps: float) -> Tensor:
+    """In at least fp32: fp16 has no number above 65504, and 1 / eps is one."""
+    return (var.to(torch.promote_types(var.dtype, torch.float32)) + eps).rsqrt()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x without its graph, in at least fp32: a difference of two fp16 numbers may be too large for fp16."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -100,7 +111,7 @@ def batch_norm(
     """F.batch_norm that keeps its input [N, C] or [N, C, *axes], normalised, as `codec` says. Standardised weights stay stock."""
     if _is_parameter(input) or not records(input, input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and input.numel() == input.shape[1]:  # PyTorch's own error
+    if training and (input.numel() == input.shape[1] or eps <= 0):  # PyTorch's own errors
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps, codec, context, origin)
     return _BatchNorm.apply(*arguments)[0]
@@ -148,10 +159,10 @@ class _LayerNorm(Function):
         ctx.shape, ctx.codec, ctx.origin = shape, codec, origin
 
         def normalise() -> Tensor:
-            return (x.detach() - mean).mul_(rstd)
+            return (_wide(x) - mean).mul_(rstd)
 
         rows = torch.Size((mean.numel(), math.prod(shape)))
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, rows)
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, rows, origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, bias, None if ctx.normalised else mean, rstd, probe, *kept)
         return own(y), probe
@@ -209,9 +220,9 @@ class _GroupNorm(Function):
         ctx.shape, ctx.codec, ctx.origin = x.shape, codec, origin
 
         def normalise() -> Tensor:
-            return (x.detach().reshape(n, groups, -1) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
+            return (_wide(x).reshape(n, groups, -1) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
 
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape))
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, None if ctx.normalised else mean, rstd, probe, *kept)
         return own(y), probe
@@ -272,9 +283,9 @@ class _RMSNorm(Function):
         y = compute(x)
         ctx.codec, ctx.origin, ctx.offset, ctx.x_dtype = codec, origin, offset, x.dtype
         rows = torch.Size((math.prod(x.shape[: x.dim() - axes]), math.prod(x.shape[x.dim() - axes :])))
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).reshape(rows)
+        wide = _wide(x).reshape(rows)
         rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, lambda: wide * rstd, context, rows)
+        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, lambda: wide * rstd, context, rows, origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, rstd, probe, *kept)
         return own(y), probe
