@@ -93,7 +93,7 @@ def derivative_reference(y: Tensor, left: Tensor, function: str) -> Tensor:
     right_d = _ratio(v, fit.right_numerator, fit.right_denominator).mul_(v)
     y = gap.add_(fit.y_min)
     exponent = y.square().div_(-2) if fit.gauss else y.neg()
-    exponent_min = fit.y_min**2 / 2 if fit.gauss else fit.y_min
+    exponent_min = fit.y_min * fit.y_min / 2 if fit.gauss else fit.y_min
     right_d = right_d.sub_(math.exp(exponent_min)).mul_(exponent.exp_()).add_(1)
     return torch.where(left, left_d, right_d)
 

@@ -36,7 +36,6 @@ from .noise import Source, uniform_from, uniform_reference
 from .rounding import bf16_ceil, bf16_floor, finite, poison, saturated
 
 _PART = 8192  # elements of the parts in which larger ones are measured
-_LEAST_STEP = 2.0**-126  # the inverse of a smaller one may not be finite
 
 
 class Code(NamedTuple):
@@ -63,7 +62,8 @@ def encode_reference(x: Tensor, noise: Tensor | None, grouping: str, size: int, 
     steps_of_range = torch.full_like(high, levels)  # a tensor: by a number, CUDA multiplies with the number's inverse
     size_of_range = high - low.to(values.dtype)
     step = finite(bf16_ceil((size_of_range + poison(size_of_range)) / steps_of_range))
-    inverse = torch.where(step >= _LEAST_STEP, 1 / step.to(values.dtype), 0)
+    least = torch.finfo(step.dtype).tiny  # the inverse of a smaller one may not be finite
+    inverse = torch.where(step >= least, 1 / step.to(values.dtype), 0)
     steps = _ungrouped((values - low).mul_(inverse), where)
     steps += 0.5 if noise is None else _in_memory_order(noise, channels_last)
     codes = steps.floor_().clamp_(0, levels).nan_to_num_(levels).to(torch.uint8)

@@ -25,6 +25,7 @@ LIBRARY = {
     "functional",
     "libraries",
     "measure",
+    "options",
     "saved",
     "saving",
     "swap",

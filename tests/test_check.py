@@ -137,6 +137,8 @@ def test_targets_decide_the_loss_and_a_loss_can_be_given():
         ({"method": Inverted()}, "Inverted matches nothing in Linear"),
         ({"loss": lambda y: y}, "the loss must be a scalar tensor"),
         ({"loss": lambda y: 0 * y.sum()}, "the exact gradient is zero"),
+        ({"batch": torch.full((8, 4), float("nan"))}, "the exact gradient is not finite, of 'weight' for one"),
+        ({"model": nn.Linear(4, 3).requires_grad_(False)}, "no parameter of the model requires a gradient"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
@@ -150,3 +152,8 @@ def test_a_model_that_has_a_method_is_compared_as_it_was_without():
     actpress.apply(model, Division(bits=4))
     assert actpress.check(model, Division(), BATCH, steps=1).saved_before == before
     assert actpress.applied.of(model[0]).method == "Division(bits=4)"
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="check: inference mode is on"):
+        actpress.check(nn.Linear(4, 3), Division(), torch.randn(8, 4))

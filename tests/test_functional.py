@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_a_second_method_adds_its_functions():
     report = actpress.apply(net, Half())
     assert set(net.function_rules) == {"relu", "glu"} and list(report.replaced) == ["glu()"]
     assert torch.equal(net(x), stock(x))  # the first rule for relu stays
-    assert net._actpress == ("", "Division + Half", type(stock))
+    assert net._actpress[:3] == ("", "Division + Half", type(stock))
 
 
 def test_an_intercepted_module_keeps_its_signature_and_its_class_name():
@@ -248,3 +249,68 @@ def test_an_intercepted_module_keeps_its_signature_and_its_class_name():
     assert list(inspect.signature(net.forward).parameters) == ["x"]
     assert type(net).__qualname__ == "Parent" and isinstance(net, Parent)
     assert type(pickle.loads(pickle.dumps(net))).__name__ == "Parent"
+
+
+class Locked(nn.Module):
+    """Says itself what of it is copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lock, self.codec = nn.Conv2d(3, 4, 3), threading.Lock(), "its own"
+
+    def __getstate__(self):
+        return {**self.__dict__, "lock": None}
+
+    def forward(self, x):
+        return F.relu(self.conv(x))
+
+
+class LockedLinear(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 64)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {**self.__dict__, "lock": None}
+
+    def forward(self, x):
+        return 2 * F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("make,shape", [(Locked, (2, 3, 8, 8)), (LockedLinear, (2, 64))], ids=["functions", "layer"])
+def test_a_copy_is_made_as_the_class_says(make, shape, way):
+    net, x = make(), torch.randn(shape)
+    actpress.apply(net, Division(bits=8), where=lambda *_: True)
+    twin = way(net)
+    assert twin.lock is None and type(twin).forward is not make.forward
+    assert torch.equal(twin(x), net(x))
+    kept = [measure.saved_bytes(lambda model=model: model(x).sum()) for model in (net, twin)]
+    assert kept[0] == kept[1]
+    assert actpress.restore(twin) and type(twin) is make
+    assert make is not Locked or twin.codec == "its own", "restore takes only what apply gave"
+
+
+def test_the_generated_code_of_a_traced_graph_stays_dense_and_is_named():
+    graph, x = torch.fx.symbolic_trace(module(lambda self, x: F.relu(self.conv(x)))), torch.randn(2, 3, 8, 8)
+    report = actpress.apply(graph, Division(), sample=x)
+    assert report.replaced.keys() == {"conv"}
+    assert report.untouched["relu()"] == "relu() untouched: called by the generated code of a torch.fx.GraphModule"
+    expected = graph(x)
+    graph.recompile()
+    for net in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert torch.equal(net(x), expected)
+
+
+def test_a_function_that_cannot_be_differentiated_twice_is_named_with_module_and_method():
+    class Net(nn.Module):
+        def forward(self, x):
+            return F.elu(x)
+
+    net, x = nn.Sequential(nn.Linear(8, 64), Net()), torch.randn(4, 8, requires_grad=True)
+    actpress.apply(net, Division(bits=4), where=lambda *_: True)
+    (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"elu\(\) in '1' under Division\(bits=4\) made this gradient"):
+        gradient.sum().backward()

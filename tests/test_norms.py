@@ -281,3 +281,69 @@ def test_a_vision_transformer_at_its_initial_weights_keeps_its_gradient(method):
     stock, x, labels = transformers.ViTForImageClassification(config), torch.randn(4, 3, 32, 32), torch.arange(4)
     ours = applied(stock, method)
     assert_size_and_direction(total_gradient(stock, x, labels), total_gradient(ours, x, labels), cosine=0.8)
+
+
+HALF_NORMS = {
+    "layer norm": (lambda: nn.LayerNorm(8), (64, 8)),
+    "RMS norm": (lambda: nn.RMSNorm(8), (64, 8)),
+    "batch norm": (lambda: nn.BatchNorm2d(6), (4, 6, 11, 13)),
+    "batch norm, eval": (lambda: nn.BatchNorm2d(6).eval(), (4, 6, 11, 13)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), (4, 6, 11, 13)),
+}
+
+
+@pytest.mark.parametrize("norm", HALF_NORMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_fp16_inputs_whose_differences_fp16_cannot_hold(method, norm):
+    make, shape = HALF_NORMS[norm]
+    stock = nn.Sequential(make())
+    for name, buffer in stock.named_buffers():
+        buffer.fill_({"0.running_mean": -15000, "0.running_var": 60000}.get(name, 0))
+    stock.train(stock[0].training).half()
+    ours, x = copy.deepcopy(stock), torch.where(torch.rand(shape) < 0.1, 60000.0, -15000.0).half()
+    actpress.apply(ours, METHODS[method])
+    for net in (stock, ours):
+        leaf = x.clone().requires_grad_()
+        net(leaf).float().div(100).pow(3).sum().backward()
+        gradients = [leaf.grad, *(p.grad for p in net.parameters())]
+        if net is stock:
+            expected = gradients
+    for i, (got, gradient) in enumerate(zip(gradients, expected, strict=True)):
+        assert got.isfinite().equal(gradient.isfinite()), f"gradient {i}"
+    assert F.cosine_similarity(got.float().flatten(), gradient.float().flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize(
+    "method",
+    [Division(), Quantize(), Division(align="authors"), Quantize(levels="normal")],
+    ids=lambda method: actpress.swap.label(method),
+)
+def test_fp16_evaluation_with_a_small_variance(method, size):
+    """1 / variance is more than fp16 can hold. dx is exact."""
+    stock = nn.Sequential(nn.BatchNorm2d(4))
+    stock[0].running_var.fill_(1e-6)
+    stock.eval().half()
+    ours, x = copy.deepcopy(stock), (torch.randn(2, 4, size, size) * 1e-3).half()
+    actpress.apply(ours, method)
+    found = []
+    for net in (stock, ours):
+        leaf = x.clone().requires_grad_()
+        net(leaf).float().sum().backward()
+        found.append((leaf.grad, net[0].weight.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-3, atol=0)  # fp16 has 11 bits
+    assert found[1][1].isfinite().all()
+
+
+def test_batch_norm_refuses_what_stock_refuses():
+    stock, x = nn.Sequential(nn.BatchNorm2d(4, eps=0.0)), torch.randn(2, 4, 5, 5)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, Division())
+    try:
+        stock(x)
+    except (RuntimeError, ValueError) as error:  # so torch 2.14
+        with pytest.raises(type(error)) as found:
+            ours(x)
+        assert str(found.value) == str(error)
+    else:
+        assert torch.equal(ours(x), stock(x))

@@ -1,7 +1,9 @@
 """The check for outputs that nobody shares: one warning, on the first training forward pass, and only where it is true."""
 
+import contextlib
 import copy
 import io
+import threading
 import warnings
 
 import pytest
@@ -186,3 +188,63 @@ def first_steps_of_compiled(net):
         warnings.simplefilter("always")
         net(torch.randn(3, 64)).sum().backward()
     return [str(w.message) for w in caught if "activations keep an output" in str(w.message)]
+
+
+class Interrupting(nn.Module):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", [Division(), Inverted()], ids=["division", "inverted"])
+def test_an_interrupted_pass_leaves_no_hooks_behind(method):
+    net = mlp(Interrupting())
+    actpress.apply(net, method)
+    before = hooks(net)
+    with contextlib.suppress(KeyboardInterrupt):
+        net(torch.randn(3, 64))
+    assert hooks(net) == before
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__.__name__ == "__enter__"
+    net[2] = nn.Identity()
+    net(torch.randn(3, 64))
+    assert hooks(net) == 0, "the next pass is watched"
+
+
+def test_what_an_exception_holds_on_to_is_cleaned_up_by_the_next_apply():
+    net = mlp(Interrupting())
+    actpress.apply(net, Division())
+    with pytest.raises(KeyboardInterrupt) as held:
+        net(torch.randn(3, 64))
+    actpress.apply(mlp(), Division())
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert held
+
+
+def test_two_threads_in_the_first_pass():
+    inside, leave, errors = threading.Event(), threading.Event(), []
+
+    class Wait(nn.Module):
+        def forward(self, x):
+            if threading.current_thread().name == "first":
+                inside.set()
+                assert leave.wait(30)
+            return x
+
+    def run():
+        try:
+            net(torch.randn(3, 64)).sum().backward()
+            assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            leave.set() if threading.current_thread().name == "second" else None
+
+    net = mlp(Wait())
+    actpress.apply(net, Division())
+    threads = [threading.Thread(target=run, name=name) for name in ("first", "second")]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and hooks(net) == 0

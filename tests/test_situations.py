@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import actpress
 from actpress import activations, layers, measure
@@ -459,3 +461,120 @@ def test_a_network_goes_on_saving(name):
         net(x.bfloat16())
         net.float()
     assert measure.saved_bytes(lambda: net(x).sum()) == before
+
+
+@pytest.mark.parametrize("how", ["other data", "numpy"])
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_content_that_changes_unseen_is_encoded_again(layer, method, how):
+    """While an earlier graph over the same tensor lives. A change of x.data or of a numpy array counts no new version."""
+    net = pair(layer, method)[1]
+    before, after = (torch.randn(LAYERS[layer][1]) for _ in range(2))
+
+    def gradients(x):
+        torch.manual_seed(2)
+        for context in actpress.swap._contexts(net):
+            context.draws = 5
+        net.zero_grad()
+        (net(x * 1 if "in place" in layer else x) ** 2).sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    expected = gradients(after.clone().requires_grad_())
+    x = before.clone().requires_grad_()
+    earlier = net(x * 1 if "in place" in layer else x)
+    if how == "other data":
+        x.data = after.clone()
+    else:
+        x.detach().numpy()[...] = after.numpy()
+    for got, gradient in zip(gradients(x), expected, strict=True):
+        torch.testing.assert_close(got, gradient)
+    del earlier
+
+
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_on_the_meta_device_and_in_inference_mode_layers_are_stock(layer, method):
+    net, shape = pair(layer, method)[1], LAYERS[layer][1]
+    with torch.inference_mode():
+        x = torch.randn(shape)
+    stock = copy.deepcopy(net)
+    actpress.restore(stock)
+    try:
+        stock(x)
+    except RuntimeError as error:  # "cannot be saved for backward", or "inplace update", of an inference tensor
+        with pytest.raises(RuntimeError) as found:
+            net(x)
+        assert str(found.value) == str(error)
+    net.to("meta")(torch.empty(shape, device="meta"))
+
+
+class InCheckpoint(nn.Module):
+    """A checkpoint inside the forward whose functions are replaced."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.conv, self.reentrant = nn.Conv2d(3, 8, 3), reentrant
+
+    def part(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return F.silu(F.gelu(torch.tanh(x)))
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("around", ["nothing", "a checkpoint", "a watch", "save_on_cpu"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_inside_a_forward_with_functions(name, around, reentrant):
+    stock, x = InCheckpoint(reentrant), torch.randn(2, 3, 8, 8)
+    ours = copy.deepcopy(stock)
+    if METHODS[name].replacement("conv", stock.conv) is None and not METHODS[name].functions():
+        pytest.skip("the method has nothing to replace here")
+    actpress.apply(ours, METHODS[name], where=None if around == "a watch" else lambda *_: True)
+
+    def gradients(net):
+        leaf = x.clone().requires_grad_()
+        if around == "a checkpoint":
+            y = checkpoint(net, leaf, use_reentrant=False)
+        elif around == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                y = net(leaf)
+        else:
+            y = net(leaf)
+        y.square().sum().backward()
+        return torch.cat([leaf.grad.flatten(), net.conv.bias.grad])
+
+    expected, got = gradients(stock), gradients(ours)
+    assert F.cosine_similarity(expected, got, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", ["division", "quantize", "frequency", "pooling", "inverted", "few-bit"])
+def test_compiled_with_dynamic_shapes(name):
+    torch.compiler.reset()
+    maps = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2))
+    net = nn.Sequential(*maps, nn.Linear(36, 36), nn.LayerNorm(36), nn.GELU(), nn.Linear(36, 36))
+    actpress.apply(net, METHODS[name], where=lambda *_: True)
+    compiled = torch.compile(net, backend="aot_eager", dynamic=True, fullgraph=True)
+    compiled(torch.randn(4, 3, 12, 12)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_sharded_layer_by_layer(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        stock, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(32, 64)
+        ours = copy.deepcopy(stock)
+        actpress.apply(ours, Division(bits=8))
+        for net in (ours, stock):
+            for part in (net[0], net[2], net):
+                fully_shard(part, mesh=mesh)
+            net(x).sum().backward()
+        for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+            assert F.cosine_similarity(p.grad.full_tensor().flatten(), q.grad.full_tensor().flatten(), dim=0) > 0.99
+        kept = [measure.saved_bytes(lambda net=net: net(x).sum()) for net in (ours, stock)]
+        assert 0 < kept[0] < kept[1]
+        with pytest.raises(RuntimeError, match="restore: '0' is a FSDPLinear, made by another tool"):
+            actpress.restore(ours)
+    finally:
+        torch.distributed.destroy_process_group()

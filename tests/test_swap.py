@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import actpress
 from actpress import applied, layers, measure, swap
 from actpress.applied import Applied
-from actpress.methods import Division, Inverted, Quantize, Stock
+from actpress.methods import BlockPruning, Division, FewBit, Frequency, Inverted, Pooling, Quantize, Stock
 
 
 def test_report_names_what_changed_and_what_did_not():
@@ -335,3 +335,88 @@ def test_applying_twice_says_what_to_do():
     actpress.apply(net, Division())
     with pytest.raises(ValueError, match=r"Division is applied already, actpress.restore\(model\) undoes that"):
         actpress.apply(net, Division())
+
+
+@pytest.mark.parametrize("why", ["where", "sample", "interrupted"])
+def test_an_apply_that_fails_leaves_the_model_as_it_was(why):
+    net = restorable()
+    actpress.apply(net, Inverted())
+    classes = [type(module) for module in net.modules()]
+    attributes = [dict(vars(module)) for module in net.modules()]
+
+    def where(name, module):
+        if name == "4":
+            raise KeyboardInterrupt if why == "interrupted" else ZeroDivisionError
+        return True
+
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt, RuntimeError)):
+        if why == "sample":
+            net[4].register_forward_hook(lambda module, *_: 1 / 0 if hasattr(module, "codec") else None)
+            attributes = [dict(vars(module)) for module in net.modules()]
+            with pytest.raises(ZeroDivisionError):
+                actpress.apply(net, Division(), sample=torch.randn(2, 3, 8, 8))
+            raise ZeroDivisionError
+        actpress.apply(net, Division(), where=where)
+    assert [type(module) for module in net.modules()] == classes
+    assert [dict(vars(module)) for module in net.modules()] == attributes
+
+
+def test_restore_refuses_to_drop_what_another_tool_mixed_in():
+    net, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU()), torch.randn(4, 32)
+    actpress.apply(net, Division())
+    nn.utils.parametrizations.weight_norm(net[0])
+    with pytest.raises(RuntimeError, match=r"restore: '0' is a ParametrizedLinear, made by another tool after apply"):
+        actpress.restore(net)
+    net(x).sum().backward()
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    assert actpress.restore(net) == ["0", "1"]
+    net(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: actpress.apply("model", Division()),
+        lambda: actpress.restore(None),
+        lambda: actpress.check(lambda x: x, Division(), torch.randn(2, 3)),
+    ],
+    ids=["apply", "restore", "check"],
+)
+def test_what_is_no_model_is_named(call):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got"):
+        call()
+
+
+def test_where_must_be_a_function():
+    with pytest.raises(TypeError, match=r"where must be a function of .name, module., got 'layer'"):
+        actpress.apply(nn.Linear(2, 2), Division(), where="layer")
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Division(bits=2.0), "Division: bits=2.0, allowed: 1, 2, 4, 8"),
+        (lambda: Division(bits=True), "Division: bits=True, allowed: 1, 2, 4, 8"),
+        (lambda: Division(block=True), "Division: block=True, allowed: integers from 1"),
+        (lambda: Quantize(bits=4.0), "Quantize: bits=4.0, allowed: 1, 2, 4, 8"),
+        (lambda: Quantize(bits=[2]), r"Quantize: bits=\[2\], allowed: 1, 2, 4, 8"),
+        (lambda: Quantize(size=True), "Quantize: size=True, allowed: integers from 1 to 16384"),
+        (lambda: Frequency(bits=4.0), "Frequency: bits=4.0, allowed: 1, 2, 4, 8"),
+        (lambda: Frequency(block=True), "Frequency: block=True, allowed: integers from 1"),
+        (lambda: FewBit(bits=3.0), "FewBit: bits=3.0, allowed: 1, 2, 3, 4"),
+        (lambda: FewBit(bits=True), "FewBit: bits=True, allowed: 1, 2, 3, 4"),
+        (lambda: Inverted(decoder=1), "Inverted: decoder=1, allowed: fine, medium, coarse"),
+        (lambda: Pooling(block=True), "Pooling: block=True, allowed: integers from 1"),
+        (lambda: Pooling(stages=None), "Pooling: stages=None, allowed: a dict of name pattern and block"),
+        (lambda: Pooling(stages={1: 2}), "Pooling: stages={1: 2}, allowed: a dict of name pattern and block"),
+        (lambda: BlockPruning(block=(1, True)), r"BlockPruning: block=\(1, True\), allowed: two integers from 1"),
+        (lambda: BlockPruning(select=[]), r"BlockPruning: select=\[\], allowed: topk, sample"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_methods_are_hashable():
+    assert len({Division(), Quantize(), Pooling(), Pooling(stages={"a": 2}), BlockPruning(), Inverted(), FewBit()}) == 7

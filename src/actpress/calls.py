@@ -51,6 +51,10 @@ def calls(module: nn.Module, stock: type[nn.Module]) -> Calls:
     """The functions that the forward of `module`, as an instance of its class `stock`, calls. None for PyTorch's own leaf modules."""
     if _is_torch(stock) and next(module.children(), None) is None:
         return Calls()
+    if isinstance(module, torch.fx.GraphModule):  # its source is generated from its graph
+        nodes = [(node.op, node.target) for node in module.graph.nodes]
+        methods = {target for op, target in nodes if op == "call_method"}
+        return Calls(methods & KEEPERS | {_names()[f] for op, f in nodes if op == "call_function" and f in _names()})
     reader = _Reader(module, stock)
     for forward, owner in _attribute_of(module, stock, "forward"):
         reader.follow(forward, owner)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from actpress import firstpass, measure, saving, swap
+from actpress.options import is_integer
 from actpress.saving import Dense, Inputs, readable
 
 LEAST_COSINE, LARGEST_SIZE = 0.5, 1.5  # beyond these a warning is issued; sizes below 1 / 1.5 too
@@ -113,11 +114,17 @@ def check(
     steps: timed steps of each, alternating.
     The copies are in training mode; a model that has a method already is compared as it is without. Issues a UserWarning where the
     cosine of the whole gradient is under .5 or its size is not within 1.5 of exact. Raises ValueError for another batch, a target that
-    fits no loss, draws or steps below 1, and if the method matches nothing.
+    fits no loss, draws or steps below 1, a model without trained parameters, an exact gradient that is zero or not finite, and if the
+    method matches nothing.
     """
+    swap.check_model(model)
     for name, value in (("draws", draws), ("steps", steps)):
-        if not isinstance(value, int) or value < 1:
+        if not is_integer(value, 1):
             raise ValueError(f"check: {name}={value!r}, allowed: integers from 1")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("check: inference mode is on, in which nothing has a gradient; call it outside")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("check: no parameter of the model requires a gradient, so there is none to compare")
     task = _Task.of(batch, loss)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     stock = copy.deepcopy(model).train()
@@ -234,6 +241,9 @@ def _compare(approximate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> 
     total = torch.stack(list(sums.values())).sum(0)
     if total[2] == 0:
         raise ValueError("check: the exact gradient is zero; give another batch or loss")
+    if not total[2].isfinite():
+        wrong = next(name for name, s in sums.items() if not s[2].isfinite())
+        raise ValueError(f"check: the exact gradient is not finite, of {wrong!r} for one; give another batch or loss")
     found = {"": total} | {name: s for name, s in sums.items() if s[2] > NEGLIGIBLE**2 * total[2]}
     return {name: _cosine_and_size(*s.tolist()) for name, s in found.items()}
 

@@ -64,7 +64,11 @@ class FirstPass:
     def begin(self, model: nn.Module, args: tuple) -> tuple | None:
         if _is_traced() or self.names or not (model.training and torch.is_grad_enabled()):
             return None
-        if _has_compiled_parts(model) or any(p.device.type == "meta" for p in model.parameters()) or not self.wants(model):
+        if (
+            _has_compiled_parts(model)
+            or any(p.device.type == "meta" for p in model.parameters())
+            or not self.wants(model)
+        ):
             return None
         self.thread, self.names = threading.get_ident(), {module: name for name, module in model.named_modules()}
         _open.add(self)

@@ -238,7 +238,9 @@ def pieces(tensor: Tensor) -> list[Tensor]:
     """The tensors with memory of their own that a tensor consists of: itself; indices and values; what a subclass wraps."""
     if is_traceable_wrapper_subclass(tensor):
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        return [piece for part in inner if isinstance(part, Tensor) for piece in pieces(part)]  # a DTensor names its mesh too
+        return [
+            piece for part in inner if isinstance(part, Tensor) for piece in pieces(part)
+        ]  # a DTensor names its mesh too
     if tensor.layout == torch.strided:
         return [tensor]
     return [getattr(tensor, name)() for name in PARTS.get(tensor.layout, ())]

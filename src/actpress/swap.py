@@ -125,7 +125,7 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
 
@@ -178,7 +178,7 @@ def apply(
     Raises TypeError if `model` is no module or `method` no Method, ValueError if the method matches nothing in the model (applying a
     method twice matches nothing the second time). A model for which `apply` raises is left as it was.
     """
-    _check_model(model)
+    check_model(model)
     _check_method(method)
     if where is not None and not callable(where):
         raise TypeError(f"where must be a function of (name, module), got {where!r}")
@@ -321,7 +321,7 @@ def restore(model: nn.Module) -> list[str]:
     is left as it is and gives an empty list. `apply` works again afterwards, with a new stream of noise. Raises RuntimeError, and changes
     nothing, where another tool has changed a module's class since (parametrizations, fully_shard): its class would be lost.
     """
-    _check_model(model)
+    check_model(model)
     firstpass.end_all()
     noted = {name: (module, note) for name, module in model.named_modules() if (note := applied.of(module)) is not None}
     for name, (module, note) in noted.items():

@@ -55,6 +55,7 @@ class Extended(Layer):
     """Mixed in front of a library's class, which stays what it is but for its forward. The class is made at run time (`extend`)."""
 
     mixed: tuple[type, type]  # the mixin and the library's class
+
     def __reduce_ex__(self, protocol: int) -> tuple:  # pickle could not find the class
         mixin, stock = self.mixed
         made, args, *state = super().__reduce_ex__(protocol)  # as the stock class says
@@ -68,7 +69,9 @@ def extend(module: nn.Module, mixin: type[Extended]) -> None:
     module.__class__ = type(stock.__name__, (mixin, stock), {"__module__": stock.__module__, "mixed": (mixin, stock)})
 
 
-def _extended(made: Callable[..., nn.Module], args: tuple, mixin: type[Extended], attributes: dict[str, Any]) -> nn.Module:
+def _extended(
+    made: Callable[..., nn.Module], args: tuple, mixin: type[Extended], attributes: dict[str, Any]
+) -> nn.Module:
     module = made(*args)
     vars(module).update(attributes)
     extend(module, mixin)

@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from actpress import options
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.bits import BITS
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
@@ -125,16 +126,8 @@ class Division(Method):
     relu_mask: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"Division: block={self.block!r}, allowed: integers from 1")
-        if self.bits not in BITS:
-            raise ValueError(f"Division: bits={self.bits!r}, allowed: {', '.join(map(str, BITS))}")
-        if self.align not in ALIGN:
-            raise ValueError(f"Division: align={self.align!r}, allowed: {', '.join(ALIGN)}")
-        if self.lfc not in LFC:
-            raise ValueError(f"Division: lfc={self.lfc!r}, allowed: {', '.join(LFC)}")
-        if not isinstance(self.relu_mask, bool):
-            raise ValueError(f"Division: relu_mask={self.relu_mask!r}, allowed: True, False")
+        options.integer(self, "block", self.block, 1)
+        options.one_of(self, bits=BITS, align=ALIGN, lfc=LFC, relu_mask=(True, False))
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         if self.align == "authors":

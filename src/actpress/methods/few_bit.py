@@ -17,7 +17,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import activations
+from actpress import activations, options
 from actpress.activations import FORWARD, Derivative
 from actpress.kernels import few_bit, launch
 from actpress.kernels.layout import is_channels_last
@@ -63,10 +63,7 @@ class FewBit(Method):
     forward: str = "stock"
 
     def __post_init__(self):
-        if self.bits not in few_bit.BITS:
-            raise ValueError(f"FewBit: bits={self.bits!r}, allowed: {', '.join(map(str, few_bit.BITS))}")
-        if self.forward not in FORWARD:
-            raise ValueError(f"FewBit: forward={self.forward!r}, allowed: {', '.join(FORWARD)}")
+        options.one_of(self, bits=few_bit.BITS, forward=FORWARD)
 
     @property
     def codec(self) -> Interval:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from actpress import options
 from actpress.codec import Codec, Context, Like
 from actpress.kernels import quantize
 from actpress.kernels.bits import BITS
@@ -47,7 +48,7 @@ class FrequencyCodec(Codec):
             rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
             rest = dense_as(rest, is_channels_last(x))  # as `decode` will be told, whatever strides x has
             kept += quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits)
-        return kept if sum(t.nbytes for t in kept) < x.numel() * x.itemsize else (x,)
+        return kept if sum(t.numel() * t.itemsize for t in kept) < x.numel() * x.itemsize else (x,)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1 and kept[0].shape == like.shape:  # a low part is smaller, or all of a map there is
@@ -82,11 +83,8 @@ class Frequency(Method):
     transform: str = "mean"
 
     def __post_init__(self):
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"Frequency: block={self.block!r}, allowed: integers from 1")
-        for name, allowed in (("bits", BITS), ("parts", PARTS), ("transform", TRANSFORMS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Frequency: {name}={getattr(self, name)!r}, allowed: {', '.join(map(str, allowed))}")
+        options.integer(self, "block", self.block, 1)
+        options.one_of(self, bits=BITS, parts=PARTS, transform=TRANSFORMS)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = FrequencyCodec(self.block, self.bits, self.parts, self.transform)

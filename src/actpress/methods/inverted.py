@@ -21,7 +21,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import activations, sharing
+from actpress import activations, options, sharing
 from actpress.activations import FORWARD, Derivative
 from actpress.kernels import inverted, launch
 from actpress.kernels.layout import is_channels_last
@@ -65,9 +65,7 @@ class Inverted(Method):
     decoder: str = "fine"
 
     def __post_init__(self):
-        for name, value, allowed in (("forward", self.forward, FORWARD), ("decoder", self.decoder, inverted.DECODERS)):
-            if value not in allowed:
-                raise ValueError(f"Inverted: {name}={value!r}, allowed: {', '.join(allowed)}")
+        options.one_of(self, forward=FORWARD, decoder=inverted.DECODERS)
 
     @property
     def codec(self) -> FromOutput:

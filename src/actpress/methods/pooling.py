@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from actpress import layers
+from actpress import layers, options
 from actpress.codec import Codec, Context, Conv, Like
 from actpress.kernels.pooled_convolution import conv2d_weight_grad
 from actpress.kernels.pooling import ALIGN, pool, pool_max, upsample_reference
@@ -78,16 +78,16 @@ class Pooling(Method):
     block: int = 2
     align: str = "ceil"
     relu: str = "mask"
-    stages: Mapping[str, int] = field(default_factory=dict)
+    stages: Mapping[str, int] = field(default_factory=dict, hash=False)
     reduce: str = "mean"
 
     def __post_init__(self):
-        for label, block in [("block", self.block), *((f"stages[{name!r}]", k) for name, k in self.stages.items())]:
-            if not isinstance(block, int) or block < 1:
-                raise ValueError(f"Pooling: {label}={block!r}, allowed: integers from 1")
-        for label, allowed in (("align", ALIGN), ("relu", RELU), ("reduce", REDUCE)):
-            if getattr(self, label) not in allowed:
-                raise ValueError(f"Pooling: {label}={getattr(self, label)!r}, allowed: {', '.join(allowed)}")
+        options.integer(self, "block", self.block, 1)
+        options.one_of(self, align=ALIGN, relu=RELU, reduce=REDUCE)
+        if not isinstance(self.stages, Mapping) or not all(isinstance(name, str) for name in self.stages):
+            options.refuse(self, "stages", self.stages, "a dict of name pattern and block")
+        for name, block in self.stages.items():
+            options.integer(self, f"stages[{name!r}]", block, 1)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align, self.reduce))}

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from actpress import layers
+from actpress import layers, options
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.pruning import SELECT, Blocks, block_grid, code_bytes, kept_blocks
 from actpress.kernels.pruning_product import weight_grad
@@ -92,11 +92,13 @@ class BlockPruning(Method):
         checks = {
             "sparsity": (_is_number(self.sparsity) and 0 <= self.sparsity < 1, "0 <= sparsity < 1"),
             "block": (
-                isinstance(self.block, tuple) and len(self.block) == 2 and all(_is_integer(k, 1) for k in self.block),
+                isinstance(self.block, tuple)
+                and len(self.block) == 2
+                and all(options.is_integer(k, 1) for k in self.block),
                 "two integers from 1",
             ),
             "select": (self.select in SELECT, ", ".join(SELECT)),
-            "start_epoch": (_is_integer(self.start_epoch, 0), "integers from 0"),
+            "start_epoch": (options.is_integer(self.start_epoch, 0), "integers from 0"),
             "skip": (
                 isinstance(self.skip, tuple) and all(isinstance(pattern, str) for pattern in self.skip),
                 "a list of name patterns",
@@ -104,7 +106,7 @@ class BlockPruning(Method):
         }
         for name, (valid, allowed) in checks.items():
             if not valid:
-                raise ValueError(f"BlockPruning: {name}={getattr(self, name)!r}, allowed: {allowed}")
+                options.refuse(self, name, getattr(self, name), allowed)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = BlockPruningCodec(float(self.sparsity), self.block, self.select)
@@ -113,10 +115,6 @@ class BlockPruning(Method):
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         dense = any(fnmatchcase(name, pattern) for pattern in self.skip)
         return None if dense else super().replacement(name, module)
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from actpress import layers
+from actpress import layers, options
 from actpress.codec import Codec, Context, Like
 from actpress.kernels import lloyd_max
 from actpress.kernels.bits import BITS
@@ -118,17 +118,11 @@ class Quantize(Method):
     levels: str = "affine"
 
     def __post_init__(self):
-        checks = {"bits": BITS, "grouping": GROUPINGS, "rounding": ROUNDING, "levels": LEVELS}
-        for name, allowed in checks.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Quantize: {name}={getattr(self, name)!r}, allowed: {', '.join(map(str, allowed))}")
+        options.one_of(self, bits=BITS, grouping=GROUPINGS, rounding=ROUNDING, levels=LEVELS, relu_mask=(True, False))
+        options.integer(self, "size", self.size, 1, 16384)
         if self.levels == "normal" and self.bits not in lloyd_max.BITS:
             allowed = ", ".join(map(str, lloyd_max.BITS))
             raise ValueError(f"Quantize: bits={self.bits!r}, allowed with levels='normal': {allowed}")
-        if not isinstance(self.relu_mask, bool):
-            raise ValueError(f"Quantize: relu_mask={self.relu_mask!r}, allowed: True, False")
-        if not isinstance(self.size, int) or not 1 <= self.size <= 16384:
-            raise ValueError(f"Quantize: size={self.size!r}, allowed: integers from 1 to 16384")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = QuantizeCodec(self.bits, self.grouping, self.size, self.rounding, self.relu_mask)
