@@ -578,3 +578,27 @@ def test_sharded_layer_by_layer(tmp_path):
             actpress.restore(ours)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layer,method", PAIRS)
+def test_autocast_does_not_reach_into_codes(layer, method, dtype):
+    """What is kept of a given tensor is the same, bit for bit, whether autocast is on or off."""
+    if "reflect" in layer:
+        pytest.skip("autocast runs this padding, a stock operation, in fp32")
+    net = pair(layer, method)[1].to(dtype)
+    x = torch.randn(LAYERS[layer][1]).to(dtype).requires_grad_()
+
+    def gradients(autocast):
+        torch.manual_seed(2)
+        for context in actpress.swap._contexts(net):
+            context.draws = 5
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = net(x * 1)
+        net.zero_grad()
+        x.grad = None
+        y.backward(torch.ones_like(y))
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    for i, (got, expected) in enumerate(zip(gradients(True), gradients(False), strict=True)):
+        assert torch.equal(got, expected), f"gradient {i}"

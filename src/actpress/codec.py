@@ -175,6 +175,12 @@ def keep(
     return like, kept
 
 
+def encoded(codec: Codec, x: Tensor, context: Context | None) -> tuple[Tensor, ...]:
+    """codec.encode without autocast, which would run its products in another dtype and refuses to join some dtypes."""
+    with torch.autocast(x.device.type, enabled=False):
+        return codec.encode(x, context)
+
+
 def keep_normalised(
     codec: Codec, x: Tensor, normalise: Callable[[], Tensor], context: Context, shape: torch.Size, origin: str
 ) -> tuple[Like, tuple[Tensor, ...], bool]:
@@ -185,7 +191,7 @@ def keep_normalised(
     """
     if codec.normalised:
         normal = normalise().to(x.dtype).reshape(shape)
-        like, kept = Like(normal.shape, x.dtype, is_channels_last(normal)), codec.encode(normal, context)
+        like, kept = Like(normal.shape, x.dtype, is_channels_last(normal)), encoded(codec, normal, context)
         if kept[0] is not normal:
             return like, kept, True
         codec = Dense()
@@ -228,7 +234,7 @@ def _encode(
 ) -> tuple[Like, tuple[Tensor, ...]]:
     cast = x.detach().to(dtype)
     cast = cast if cast.shape == shape else cast.reshape(shape)
-    like, kept = Like(cast.shape, dtype, is_channels_last(cast)), codec.encode(cast, context)
+    like, kept = Like(cast.shape, dtype, is_channels_last(cast)), encoded(codec, cast, context)
     if codec.relu_mask and kept[0] is not cast:
         kept = (*kept, *_mask_of(x, like.channels_last))
     return like, kept

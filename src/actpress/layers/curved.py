@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from actpress.codec import Codec, Like
+from actpress.codec import Codec, Like, encoded
 from actpress.kernels.layout import is_channels_last
 from actpress.layers.base import Layer, own, probe_of, records, refuse
 from actpress.layers.exact import into
@@ -62,7 +62,7 @@ class _Curved(Function):
         y = curve.compute(x, *options)
         source = y if curve.of_output else x
         slope = curve.slope(source.detach(), *options)
-        ctx.like, kept = Like(slope.shape, slope.dtype, is_channels_last(slope)), codec.encode(slope, None)
+        ctx.like, kept = Like(slope.shape, slope.dtype, is_channels_last(slope)), encoded(codec, slope, None)
         ctx.dense = kept[0] is slope and (curve.of_output or not inplace)  # an input that is overwritten cannot be kept
         ctx.codec, ctx.origin, ctx.name, ctx.options = codec, origin, name, options
         probe = probe_of(x)
