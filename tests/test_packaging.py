@@ -155,16 +155,23 @@ def test_documented_make_targets_exist(document):
     assert named <= make_targets()
 
 
-def reproduce(*settings: str) -> subprocess.CompletedProcess:
-    """`make reproduce-table` where the script only says what it is called with."""
+@pytest.fixture
+def reproduce(tmp_path):
+    """`make reproduce-table` where the script only says what it is called with, and everything counts as installed."""
+    stamp = tmp_path / "installed"
+    stamp.touch()
+    return lambda *settings: _reproduce(stamp, *settings)
+
+
+def _reproduce(stamp: Path, *settings: str) -> subprocess.CompletedProcess:
     alone = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
-    command = ["make", "reproduce-table", "RUN=printf '<%s>'", "STAMP=Makefile", *settings]
+    command = ["make", "reproduce-table", "RUN=printf '<%s>'", f"STAMP={stamp}", *settings]
     return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["DRY", "PUBLISH"])
 @pytest.mark.parametrize("value", ["2", "TRUE", "y", "on", "1,"])
-def test_a_switch_of_the_makefile_that_is_neither_on_nor_off_is_refused(name, value):
+def test_a_switch_of_the_makefile_that_is_neither_on_nor_off_is_refused(reproduce, name, value):
     result = reproduce(f"{name}={value}")
     assert (result.returncode, result.stdout) == (2, "")
     assert f"{name}={value}, allowed: 1, true, yes, 0, false, no" in result.stderr
@@ -180,7 +187,7 @@ def test_a_switch_of_the_makefile_that_is_neither_on_nor_off_is_refused(name, va
     ],
     ids=lambda value: " ".join(value),
 )
-def test_the_makefile_hands_on_what_it_is_given(settings, called):
+def test_the_makefile_hands_on_what_it_is_given(reproduce, settings, called):
     result = reproduce(*settings)
     assert result.stdout == "".join(f"<{word}>" for word in ("scripts/reproduce_table.py", *called)), result.stderr
 
