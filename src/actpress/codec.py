@@ -157,9 +157,10 @@ _masks = WeakTensorKeyDictionary()  # output of a ReLU -> (packed mask, version,
 def keep(
     codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size, origin: str
 ) -> tuple[Like, tuple[Tensor, ...]]:
-    """x, cast to `dtype` and viewed as `shape`, as `codec` keeps it: (like, kept). origin: the layer that reads x, see Layer.origin.
+    """Returns (like, kept): x, cast to `dtype` and viewed as `shape`, as `codec` keeps it.
 
-    The same x, unmodified, gives the same kept tensors for as long as they live, to each layer once.
+    origin: the layer that reads x, see Layer.origin. Layers that read the same x, unmodified, share the kept tensors while these live; a
+    layer's second read makes new ones.
     """
     if torch.compiler.is_compiling() or not codec.shared:
         return _encode(codec, x, context, dtype, shape)
@@ -176,7 +177,7 @@ def keep(
 
 
 def encoded(codec: Codec, x: Tensor, context: Context | None) -> tuple[Tensor, ...]:
-    """codec.encode without autocast, which would run its products in another dtype and refuses to join some dtypes."""
+    """Returns codec.encode(x, context), computed without autocast. Autocast would run products in another dtype."""
     with torch.autocast(x.device.type, enabled=False):
         return codec.encode(x, context)
 

@@ -23,7 +23,7 @@ _open: "weakref.WeakSet[FirstPass]" = weakref.WeakSet()  # watches of a pass tha
 
 
 class _Guard(tuple):
-    """The positional arguments of the watched pass. Ends the watch when it is freed, with the frame of the pass at the latest."""
+    """The positional arguments of the watched pass. Freeing them ends the watch. The pass holds them until it returns or raises."""
 
     def __new__(cls, args: tuple, watch: "FirstPass"):
         guard = super().__new__(cls, args)
@@ -80,7 +80,7 @@ class FirstPass:
             self.close(completed=y is not None)  # a forward pass that raised is not counted, the next one is
 
     def close(self, completed: bool) -> None:
-        """End the watch of a pass; of one in another thread, or of none, nothing."""
+        """End the watch of this pass. Does nothing where no pass is watched, or one in another thread."""
         if not self.names or self.thread != threading.get_ident():
             return
         for handle in (
@@ -96,7 +96,7 @@ class FirstPass:
 
 
 def end_all() -> None:
-    """End the passes that are watched in this thread: outside of forward passes there are none but those that were interrupted."""
+    """End the watches that interrupted passes left open in this thread. For use outside of forward passes only."""
     for watch in list(_open):
         watch.close(completed=False)
 

@@ -65,8 +65,8 @@ WITHOUT_EQUAL = (
 class Replacing(TorchFunctionMode):
     """Hands calls of the functions in `table` to what the table says.
 
-    Not inside a checkpoint without re-entry that begins under it: this mode is gone when the checkpoint computes its part again, and the
-    functions must save the same tensors then. A checkpoint around it enters it again.
+    Inside a non-reentrant checkpoint that begins under this mode the stock functions run. Such a checkpoint recomputes its part outside
+    of the mode, and both times the functions must save the same tensors. A checkpoint around the mode enters it again.
     """
 
     def __init__(self, table: Mapping[Callable, Callable]):
