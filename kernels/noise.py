@@ -29,7 +29,8 @@ class Source(Protocol):
         ...
 
     def seed_for(self, x: Tensor) -> Tensor:
-        """int64 [1] on x's device, not negative: for kernels, which make their noise from it."""
+        """int64 [1] on x's device, not negative: for kernels, which make their noise from it. A later draw may overwrite it: whoever reads
+        it after the forward pass keeps a clone."""
         ...
 
 

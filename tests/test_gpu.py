@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import actpress
@@ -61,3 +62,44 @@ def test_weight_gradients_stay_close_to_exact(pair):
     stock, _, x, y = pair
     fidelity = actpress.measure.gradient_fidelity(stock, methods.Division(bits=8), (x, y))
     assert fidelity["total"].cosine > 0.999
+
+
+def test_a_captured_step_draws_new_noise_in_each_replay():
+    """Replays differ in their noise alone, and one that begins at a saved position has that position's noise."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).to(DEVICE)
+    actpress.apply(net, methods.Division())
+    x = torch.randn(4, 3, 40, 40, device=DEVICE)
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        net.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+
+    def replay():
+        graph.replay()
+        return [loss.clone(), *(p.grad.clone() for p in net.parameters())]
+
+    first, state, second = replay(), actpress.swap.state(net), replay()
+    (added,) = state["contexts"][0]["added"].values()
+    assert list(added.values()) == [1, 1, 1]  # a draw of each layer but the ReLU
+    assert torch.equal(first[0], second[0])
+    for position in (1, 3, 5):  # weights: of convolutions, and of the norm
+        assert not torch.equal(first[position], second[position])
+    actpress.swap.load_state(net, state)
+    assert all(torch.equal(again, tensor) for again, tensor in zip(replay(), second, strict=True))
+    (added,) = actpress.swap.state(net)["contexts"][0]["added"].values()
+    assert list(added.values()) == [2, 2, 2]
+    assert not torch.equal(replay()[1], second[1])

@@ -277,7 +277,7 @@ def test_a_state_of_an_older_version_is_read():
     net = nn.Sequential(nn.Linear(8, 8))
     actpress.apply(net, Division())
     swap.load_state(net, {"seed": 5, "draws": 7, "epoch": 1})
-    assert vars(net[0].context) == {"seed": 5, "draws": 7, "epoch": 1}
+    assert net[0].context.state() == {"seed": 5, "draws": 7, "epoch": 1}
     with pytest.warns(UserWarning, match="holds 1 of 2 positions"):
         swap.load_state(parts(), {"seed": 5, "draws": 7, "epoch": 1})
     with pytest.raises(ValueError, match="does not fit a model with 1 applied"):

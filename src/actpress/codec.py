@@ -20,9 +20,10 @@ checkpoint but not in the second.
 """
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from actpress.kernels.layout import is_channels_last
 from actpress.kernels.noise import uniform_from
+from actpress.seeds import Bank, banked, seed_of
 
 
 class Like(NamedTuple):
@@ -55,31 +57,68 @@ class Context:
     """What codecs may depend on beside their fields and the tensor, one object per applied model: the stream of noise for
     stochastic codecs, and the epoch.
 
-    The stream is seeded from `torch.initial_seed()` when the method is applied and counts its own draws. PyTorch's generators
-    are never touched, so dropout and data order are those of the stock model. Under torch.compile the noise comes from
-    PyTorch's own (compiled) generator.
+    The stream is seeded from `torch.initial_seed()` when the method is applied and counts its own draws, on all devices together.
+    PyTorch's generators are never touched, so dropout and data order are those of the stock model. Under torch.compile the noise comes
+    from PyTorch's own (compiled) generator.
     """
 
     def __init__(self, seed: int):
         self.seed = seed % 2**63
         self.draws = 0
         self.epoch = 0  # set by swap.set_epoch
+        self._banks: dict[torch.device, Bank] = {}
+        self._added: dict[str, dict[int, int]] = {}  # see Bank.added: of devices whose bank is not made yet
 
     def uniform_like(self, x: Tensor) -> Tensor:
         """fp32 noise in [0, 1) of x's shape, device and memory format."""
         if torch.compiler.is_compiling():
             return torch.empty_like(x, dtype=torch.float32, requires_grad=False).uniform_()
-        return uniform_from(self._next_seed(), x)
+        with _drawing:
+            self.draws += 1
+            seed = seed_of(self.seed, self.draws)
+        return uniform_from(seed, x)
 
     def seed_for(self, x: Tensor) -> Tensor:
-        """int64 [1] on x's device, not negative: a seed for kernels that make their own noise."""
+        """int64 [1] on x's device, not negative: a seed for kernels that make their own noise. Its content moves on, see seeds.py."""
         if torch.compiler.is_compiling():
             return torch.randint(2**63 - 1, (1,), device=x.device)
-        return torch.full((1,), self._next_seed(), dtype=torch.int64, device=x.device)
+        with _drawing:  # threads may share a context: the replicas of nn.DataParallel do
+            self.draws += 1
+            if banked(x):
+                return self._bank(x.device).draw(self.draws)
+            seed = seed_of(self.seed, self.draws)
+        return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
-    def _next_seed(self) -> int:
-        self.draws += 1
-        return (self.seed + self.draws * 0x9E3779B97F4A7C15) % 2**63
+    def state(self) -> dict[str, Any]:
+        """The position in the stream and the epoch, as plain numbers and dicts. Waits for the device where CUDA graphs draw noise."""
+        added = self._added | {str(device): bank.added() for device, bank in self._banks.items()}
+        added = {device: more for device, more in added.items() if more}
+        return {"seed": self.seed, "draws": self.draws, "epoch": self.epoch, **({"added": added} if added else {})}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. CUDA graphs that were captured before go on too."""
+        self.seed, self.draws, self.epoch = (
+            state.get(name, getattr(self, name)) for name in ("seed", "draws", "epoch")
+        )
+        self._added = {device: dict(more) for device, more in state.get("added", {}).items()}
+        for device, bank in self._banks.items():
+            bank.move_to(self.seed, self.draws + 1, self._added.pop(str(device), {}))
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes banks of its own
+        return self.state()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["seed"])
+        self.load_state(state)
+
+    def _bank(self, device: torch.device) -> Bank:
+        bank = self._banks.get(device)
+        if bank is None:
+            bank = self._banks[device] = Bank(self.seed, self.draws, device, self._added.pop(str(device), None))
+        return bank
+
+
+_drawing = threading.Lock()
 
 
 class Codec:

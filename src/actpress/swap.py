@@ -356,9 +356,10 @@ def _listed(plan: list[tuple[str, nn.Module, Replacement | None]]) -> str:
 
 def state(model: nn.Module) -> dict[str, Any]:
     """What the model's methods have to remember beside the weights, to be stored with a checkpoint: for each call of `apply`, in the
-    order of its first layer, the position of its noise stream and the epoch. Plain numbers, lists and dicts; empty for a stock model."""
+    order of its first layer, the position of its noise stream and the epoch. Plain numbers, lists and dicts; empty for a stock model.
+    Waits for the device where CUDA graphs draw noise."""
     contexts = _contexts(model)
-    return {"contexts": [dict(vars(context)) for context in contexts]} if contexts else {}
+    return {"contexts": [context.state() for context in contexts]} if contexts else {}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -381,7 +382,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             stacklevel=2,
         )
     for context, values in zip(contexts, states, strict=True):
-        vars(context).update(values)
+        context.load_state(values)
     _set_late_codecs(model)
 
 
