@@ -27,6 +27,7 @@ LIBRARY = {
     "measure",
     "options",
     "saved",
+    "seeds",
     "saving",
     "swap",
     "audit",
