@@ -13,6 +13,7 @@ from .launch import tl, triton
 
 BITS = (1, 2, 4, 8)
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes; the lowest comes first
+_LOWEST = {2: 0x0F0F, 4: 0x03030303, 8: 0x0101010101010101}  # of so many codes to a byte: in every byte the bits of the lowest one
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -42,7 +43,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     words = packed.to(_WORDS[per_byte])
     for doubling in range(per_byte.bit_length() - 1):  # each copy brings other codes to the foot of their bytes
         words |= words << ((8 - bits) << doubling)
-    words &= int.from_bytes([2**bits - 1] * per_byte, "little")
+    words &= _LOWEST[per_byte]
     return words.view(torch.uint8)[:count]
 
 

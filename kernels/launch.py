@@ -25,10 +25,15 @@ except ModuleNotFoundError:  # no wheels for this platform: the references remai
     from . import without_triton as triton
     from .without_triton import language as tl
 
+from .interpreter import mend
+
 __all__ = ["DTYPES", "Case", "Config", "Launch", "nbytes", "on_cuda", "on_gpu", "recorded", "run", "tl", "triton"]
 
 Config = Mapping[str, int]  # launch options: constexpr arguments of the kernel, num_warps, num_stages
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+if triton.knobs.runtime.interpret:
+    mend(triton)
 
 _recorded: ContextVar[list["Launch"] | None] = ContextVar("recorded", default=None)
 
