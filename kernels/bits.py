@@ -13,7 +13,8 @@ from .launch import tl, triton
 
 BITS = (1, 2, 4, 8)
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes; the lowest comes first
-_LOWEST = {2: 0x0F0F, 4: 0x03030303, 8: 0x0101010101010101}  # of so many codes to a byte: in every byte the bits of the lowest one
+# In each byte of such a word the bits of the lowest code. A table, as int.from_bytes is nothing that Dynamo 2.11 traces.
+_LOWEST = {2: 0x0F0F, 4: 0x03030303, 8: 0x0101010101010101}
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -31,7 +32,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # a copy: [bytes, codes of one byte]
     words = codes.view(_WORDS[per_byte]).squeeze(1)
     for doubling in range(per_byte.bit_length() - 1):  # neighbours move together, then pairs, then fours
-        words |= words >> ((8 - bits) << doubling)
+        words = words | words >> (
+            (8 - bits) << doubling
+        )  # not in place: Inductor 2.11 would write back through the view
     return words.to(torch.uint8)  # the lowest byte
 
 

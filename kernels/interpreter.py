@@ -1,17 +1,25 @@
-"""What Triton's interpreter lacks in the oldest supported version."""
+"""What Triton's interpreter lacks in the older of the supported versions, as the newest has it."""
 
 from typing import Any
 
+import numpy as np
+
 
 def mend(triton: Any) -> None:
-    """Let a kernel's own number bound its loops, `for i in range(first, last)`, in Triton 3.6 under NumPy 2.5.
-
-    The interpreter holds a number as an array of one element. Triton 3.6 calls int() on it, which NumPy 2.5 refuses for an array of one
-    dimension; Triton 3.7 takes the element out first, as is done here. Later versions are left as they are.
-    """
-    if not triton.__version__.startswith("3.6."):
-        return
+    """Let the interpreter of Triton 3.6 and 3.7 compute what the kernels compute on a GPU, under any supported NumPy; later ones do."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     interpreter = triton.runtime.interpreter
+    if version < (3, 7):
+        _mend_bounds(interpreter)
+    if version < (3, 8):
+        _mend_nan(interpreter.InterpreterBuilder)
+
+
+def _mend_bounds(interpreter: Any) -> None:
+    """A kernel's number as a bound of its loop, `for i in range(first, last)`.
+
+    The interpreter holds a number as an array of one element and calls int() on it, which NumPy 2.5 refuses.
+    """
     patch = interpreter._patch_lang_tensor  # runs at each launch and sets the methods that tensors have while it lasts
 
     def patch_and_mend(tensor: Any, scope: Any) -> None:
@@ -19,3 +27,9 @@ def mend(triton: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+def _mend_nan(builder: Any) -> None:
+    """The lesser and the greater of a number and NaN: the number, as on a GPU, unless a kernel asks for NaN."""
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
