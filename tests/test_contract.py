@@ -349,6 +349,23 @@ def test_compiles_in_one_graph(pair):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
+def test_compiled_layers_compress_too():
+    """Stock layers would compile in one graph as well. Block means are no draw: the gradient is that of the eager layer to rounding."""
+    torch.compiler.reset()
+    stock, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 12, 12)
+    ours = copy.deepcopy(stock)
+    actpress.apply(ours, Pooling())
+    gradients = []
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for net, run in ((stock, stock), (ours, ours), (ours, compiled)):
+        net.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append(net.get_parameter("0.weight").grad.clone())
+    exact, eager, compiled = gradients
+    torch.testing.assert_close(compiled, eager)
+    assert (compiled - exact).norm() > 0.1 * exact.norm()
+
+
 def test_eight_bits_give_nearly_exact_weight_gradients():
     net = torchvision.models.resnet18(num_classes=10)
     result = measure.gradient_fidelity(net, Division(bits=8), (torch.randn(4, 3, 64, 64), torch.randint(10, (4,))))

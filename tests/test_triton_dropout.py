@@ -108,7 +108,7 @@ def test_gradient_is_that_of_stock_dropout_on_cuda(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.1, 1 / 3, 0.5])
 def test_gradient_is_that_of_stock_dropout_on_the_cpu(dtype, p):
-    x = torch.randn(1000, dtype=dtype, requires_grad=True)
+    x = (1 + torch.rand(1000)).to(dtype).requires_grad_()  # no zero, which would look dropped
     dy = torch.randn(1000, dtype=dtype)
     y = nn.functional.dropout(x, p)
     y.backward(dy)

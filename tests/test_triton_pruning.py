@@ -278,7 +278,7 @@ class TestTraffic:
         (case, *_) = (case for case in pruning_triton.cases() if case.name.startswith("prune_decode"))
         grid = Grid(70, 168, *block)
         blocks = pruning_triton.random_blocks(grid, 0.8, dtype, "cpu")
-        past_the_edge = kept_at_random(grid, 0.0, dtype, "cpu").values.eq(0).sum((1, 2))[blocks.index.long()].sum()
+        past_the_edge = take_reference(torch.ones(grid.rows, grid.columns), grid, blocks.index).eq(0).sum()
         with traffic() as moved:
             pruning_triton.decode_triton(*blocks, 70, 168)
         filled = 4 * grid.down * grid.across  # by PyTorch

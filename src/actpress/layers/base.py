@@ -88,7 +88,8 @@ def records(x: Any, *tensors: Tensor | None) -> bool:
     if not isinstance(x, Tensor) or not needs_grad(*tensors):
         return False
     compiling = torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() or (not compiling and _transformed()):
+    # Read as a variable: Dynamo takes is_exporting() for True, in PyTorch 2.11, and no compiled layer would record.
+    if torch.compiler._is_exporting_flag or (not compiling and _transformed()):
         return False
     ordinary = x.layout == torch.strided and x.is_floating_point() and not x.is_nested and x.numel() > 0
     if compiling or not ordinary:

@@ -47,7 +47,7 @@ class FrequencyCodec(Codec):
         if self.parts != "low":
             rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
             rest = dense_as(rest, is_channels_last(x))  # as `decode` will be told, whatever strides x has
-            kept += quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits)
+            kept = (*kept, *quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits))
         return kept if sum(t.numel() * t.itemsize for t in kept) < x.numel() * x.itemsize else (x,)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
