@@ -1,6 +1,7 @@
 # Every target sets itself up: on a fresh clone it first creates $(VENV) and installs the pinned versions.
 # Settings:  PYTHON=python3.12  VENV=.venv  WORKERS=2  TABLE=division_memory  DRY=1  PUBLISH=1  MODEL=resnet50  METHOD=division  BATCH=256  ARGS="..."
-# of gpu-battery:    BUDGET=540  PROFILE=tiny  OUT=DIR  DRY=1        of import-results:    FILE=battery-DEVICE.tar.gz
+# of gpu-battery:    SECONDS=540  PROFILE=full  OUT=DIR  DRY=1        of import-results:    FILE=lease.tar.gz
+# of lease-pack and lease-rehearsal:    IMAGES=cifar10.tar.xz  LEASE_PYTHON=.venv-oldest/bin/python
 # of wheelhouse:     WHEELS_PYTHON=3.12  WHEELHOUSE=DIR  WHEELS="..."
 
 PYTHON ?= python3
@@ -14,10 +15,12 @@ ARGS   ?=
 
 # Not taken from the environment, where such names are common.
 PUBLISH =
-BUDGET  = 540
+SECONDS = 540
 PROFILE = full
-OUT     = outputs/battery
+OUT     =
 FILE    =
+IMAGES  =
+LEASE_PYTHON = .venv-oldest/bin/python
 WORKERS = 2
 
 # What a GPU node without a network may lack beside PyTorch, torchvision, timm and what these come with; setuptools builds actpress there.
@@ -40,7 +43,7 @@ PUBLISH_OVERRIDE := $(call switch,PUBLISH,publish=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report check-pages audit compile-kernels bench-kernels gpu-battery import-results clean
+.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report check-pages audit compile-kernels bench-kernels gpu-battery import-results lease-pack lease-rehearsal clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -119,11 +122,17 @@ compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, wi
 bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="cases=relu profile=tiny"
 	$(RUN) scripts/bench_kernels.py $(ARGS)
 
-gpu-battery: $(STAMP) ## all that needs a GPU, BUDGET=540 seconds of it; again to go on: DRY=1, PROFILE=tiny (no GPU), OUT=DIR
-	$(RUN) scripts/gpu_battery.py $(call quoted,budget=$(BUDGET)) $(call quoted,profile=$(PROFILE)) $(call quoted,out=$(OUT)) $(DRY_OVERRIDE) $(ARGS)
+gpu-battery: $(STAMP) ## all that needs a GPU, SECONDS=540 of it; again to go on: DRY=1, OUT=DIR
+	$(RUN) scripts/gpu_battery.py $(call quoted,seconds=$(SECONDS)) $(call quoted,profile=$(PROFILE)) $(if $(OUT),$(call quoted,out=$(OUT))) $(DRY_OVERRIDE) $(ARGS)
 
-import-results: $(STAMP) ## add the archive of a battery to results/: FILE=battery-DEVICE.tar.gz
+import-results: $(STAMP) ## add the archive of a battery to results/: FILE=lease.tar.gz
 	$(RUN) scripts/import_results.py $(if $(FILE),$(call quoted,$(FILE))) $(ARGS)
+
+lease-pack: $(STAMP) ## what a machine that is lent for minutes needs, in .lease/: compiled kernels, wheels, IMAGES=cifar10.tar.xz
+	PYTHON=$(RUN) LEASE_PYTHON=$(LEASE_PYTHON) bash scripts/dev/pack_lease.sh $(if $(IMAGES),$(call quoted,$(IMAGES)))
+
+lease-rehearsal: $(STAMP) ## the commands of both calls of the lease on a CPU, in an empty folder, until their archive is imported
+	PYTHON=$(LEASE_PYTHON) bash scripts/dev/rehearse_lease.sh
 
 clean: ## delete caches and build leftovers; keeps the environment, data/, outputs/ and results/
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

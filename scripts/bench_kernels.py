@@ -8,10 +8,11 @@ Per case and dtype: the kernel in each configuration, stock PyTorch, the kernel'
 device-to-device copy that reads half of the bytes the kernel has to move at least and writes the other half. A kernel is first
 compared with its reference on fresh random inputs; one that is wrong is reported as red and not timed.
 
-cases: name prefixes (default all). dtypes: of float32, bfloat16, float16 (default all); cases of none of these, such as masks, are always
-measured. budget: seconds after which no other case is begun. out: another folder. fresh=true: measure again; otherwise what the CSV holds,
-of the same device, versions and sources, is left out, so that the same command goes on where the last one stopped. profile=tiny runs in
-Triton's interpreter on the CPU: its times mean nothing.
+cases: name prefixes (default all); names: whole names instead, measured in this order. dtypes: of float32, bfloat16, float16 (default
+all); cases of none of these, such as masks, are always measured. what: of kernel, stock, reference, compiled (default all).
+configs=default: each kernel in that one alone. budget: seconds after which no other case is begun. out: another folder. fresh=true: measure
+again; otherwise what the CSV holds, of the same device, versions and commit, is left out, so that the same command goes on where the last
+one stopped. profile=tiny runs in Triton's interpreter on the CPU: its times mean nothing.
 
 Exit codes: 0 all kernels of the chosen cases are right, or the budget ended before one was wrong; 1 one is red or failed; 2 bad input.
 """
@@ -36,22 +37,26 @@ import triton
 from triton.testing import do_bench
 
 import kernel_report
-from actpress import arguments, source
+from actpress import arguments, provenance
 from actpress.kernels import launch, registry, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"full": ROOT / "results" / "kernels", "tiny": ROOT / "outputs" / "kernels"}
 DEFAULTS = {
     "cases": (),
+    "names": (),
     "dtypes": (),
+    "what": (),
+    "configs": "all",
     "budget": math.inf,
     "profile": "full",
     "fresh": False,
     "out": "",
 }
 INTERPRETER = "Triton interpreter, CPU"
-SAME = ("device", "torch", "triton", "cuda", "driver", "source")  # what rows must share to be continued
+SAME = ("device", "torch", "triton", "cuda", "driver", "commit")  # what rows must share to be continued
 ORDER = (torch.float32, torch.bfloat16, torch.float16)
+WHAT = ("kernel", "stock", "reference", "compiled")
 SLOW_MS = 1000.0  # what takes longer is timed once
 
 
@@ -60,6 +65,8 @@ class Options(NamedTuple):
 
     cases: list[launch.Case]
     dtypes: list[torch.dtype]
+    what: tuple[str, ...]
+    default_only: bool
     budget: float
     tiny: bool
     fresh: bool
@@ -69,10 +76,17 @@ class Options(NamedTuple):
 def parse(given: list[str]) -> Options:
     """Raises ValueError, on one line, for what is unknown or impossible."""
     values = arguments.read(given, DEFAULTS)
-    cases = list(registry.cases_named(values["cases"]).values())
+    named = registry.cases_named(values["cases"])
+    if unknown := set(values["names"]) - set(named):
+        raise ValueError(f"names={','.join(sorted(unknown))}, allowed: {', '.join(named)}")
+    cases = [named[name] for name in values["names"] or named]
     dtypes = {registry.name_of(dtype): dtype for dtype in (*ORDER, *(dtype for case in cases for dtype in case.dtypes))}
     if unknown := set(values["dtypes"]) - set(dtypes):
         raise ValueError(f"dtypes={','.join(sorted(unknown))}, allowed: {', '.join(dtypes)}")
+    if unknown := set(values["what"]) - set(WHAT):
+        raise ValueError(f"what={','.join(sorted(unknown))}, allowed: {', '.join(WHAT)}")
+    if values["configs"] not in ("all", "default"):
+        raise ValueError(f"configs={values['configs']}, allowed: all, default")
     if values["profile"] not in FOLDERS:
         raise ValueError(f"profile={values['profile']}, allowed: {', '.join(FOLDERS)}")
     tiny, interpreted = values["profile"] == "tiny", triton.knobs.runtime.interpret
@@ -86,6 +100,8 @@ def parse(given: list[str]) -> Options:
     return Options(
         cases=cases,
         dtypes=[dtype for name, dtype in dtypes.items() if name in wanted or dtype not in ORDER],
+        what=values["what"] or WHAT,
+        default_only=values["configs"] == "default",
         budget=values["budget"],
         tiny=tiny,
         fresh=values["fresh"],
@@ -94,10 +110,10 @@ def parse(given: list[str]) -> Options:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Where and from what a row was measured. commit: HEAD, if its files are those used; source finds it again otherwise."""
-    here = source.source_id(ROOT)
-    about = {"torch": torch.__version__, "triton": triton.__version__, "source": here}
-    about["commit"] = (source.commit_of(here, ROOT, depth=1) or "")[:12]
+    """Where and from what a row was measured. commit: "changed" is added where files differ from it."""
+    source = provenance.source()
+    commit = (source["commit"] or "")[:12] + (" changed" if source["dirty"] else "")
+    about = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit}
     if device != "cuda":
         return {**about, "device": INTERPRETER, "cuda": "", "driver": ""}
     return {**about, "device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver()}
@@ -135,7 +151,7 @@ def copy_of(count: int, device: str) -> Callable[[], object]:
     return lambda: y.copy_(x)
 
 
-def measure(case: launch.Case, dtype: torch.dtype, device: str) -> list[kernel_report.Row]:
+def measure(case: launch.Case, dtype: torch.dtype, device: str, options: Options) -> list[kernel_report.Row]:
     """The rows of one case in one dtype. What fails, or does not fit in memory, costs its own row alone."""
     about: dict[str, object] = {"case": case.name, "dtype": registry.name_of(dtype)}
     default = {"what": "kernel", "config": registry.describe(case, case.configs[0])}
@@ -150,7 +166,7 @@ def measure(case: launch.Case, dtype: torch.dtype, device: str) -> list[kernel_r
     except Exception as error:  # whatever it is, it must not cost the other cases their time on the device
         return [kernel_report.row(**about, **default, status=status_of(error))]
     rows = []
-    for what, config, prepare in contestants(case, inputs, expected, device):
+    for what, config, prepare in contestants(case, inputs, expected, device, options):
         status, ms = attempt(prepare, device)
         rows.append(kernel_report.row(ms, **about, what=what, config=config, status=status))
     return kernel_report.compared(rows)
@@ -166,15 +182,16 @@ def left_out(case: launch.Case, dtype: torch.dtype, device: str) -> str | None:
 
 
 def contestants(
-    case: launch.Case, inputs: tuple, expected: list[torch.Tensor], device: str
+    case: launch.Case, inputs: tuple, expected: list[torch.Tensor], device: str, options: Options
 ) -> Iterator[tuple[str, str, Callable | None]]:
     """(what, configuration, a function that prepares the function to time; None where there is none)."""
     yield "copy", "", lambda: copy_of(case.floor(*inputs), device)
-    for config in case.configs:
+    for config in case.configs[:1] if options.default_only else case.configs:
         yield "kernel", registry.describe(case, config), functools.partial(verified, case, config, inputs, expected)
     compiled = torch.compile(case.reference, dynamic=False, backend="inductor" if device == "cuda" else "eager")
     for what, function in (("stock", case.stock), ("reference", case.reference), ("compiled", compiled)):
-        yield what, "", function and functools.partial(ready, function, inputs)
+        if what in options.what:
+            yield what, "", function and functools.partial(ready, function, inputs)
 
 
 def ready(function: Callable, inputs: tuple, **options: object) -> Callable[[], object]:
@@ -227,7 +244,7 @@ def main(given: list[str]) -> int:
     chosen = {(c.name, registry.name_of(d)): (c, d) for d in options.dtypes for c in options.cases if d in c.dtypes}
     left = [unit for unit in chosen if options.fresh or unit not in table.units()]
     for unit in within(options.budget, list(left)):
-        rows = measure(*chosen[unit], device)
+        rows = measure(*chosen[unit], device, options)
         table.replace(unit, rows)
         left.remove(unit)
         print("\n".join(map(kernel_report.line, rows)), flush=True)

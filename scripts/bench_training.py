@@ -1,94 +1,83 @@
-"""Images/s, peak and saved bytes of training steps: every method beside stock PyTorch, in one process on one device.
+"""Images/s, host time, peak and saved bytes of training steps: methods beside stock PyTorch, in one process on one device.
 
-python scripts/bench_training.py model=resnet50                                          all methods, batch 64, bf16 autocast
-python scripts/bench_training.py model=vit_b batch=32 precision=tf32 compile=true        tf32: fp32 with TF32 matrix products
-python scripts/bench_training.py model=resnet50 methods=none,division rivals=checkpointing out=FILE.json
+python scripts/bench_training.py model=resnet50 methods=division,checkpointing           batch 64, bf16 autocast
+python scripts/bench_training.py model=vit_b batch=32 precision=tf32 compile=true        stock alone; tf32: fp32 with TF32 matrix products
+python scripts/bench_training.py model=resnet50 methods=none,division predict=true       saved bytes as fake tensors tell them, no device
+python scripts/bench_training.py model=resnet50 methods=none,division largest=true       the largest batch, by search from `batch` on
+    memory=25769803776 step=8           as if the device had 24 GiB, which a CPU needs; known to 8 images, or three percent
 
 Synthetic images on the device, learning rate 0. With out=, rows are written as they come, and the same command goes on where the file
 ends: what it lacks is measured in a session of its own, beside stock again. batch image_size num_classes channels_last device steps: see
-actpress.workload.Setting. predict=true adds the saved bytes that fake tensors tell. memory=BYTES pretends a smaller device.
+actpress.workload.Setting. methods: of configs/method, or what PyTorch has itself: checkpointing, compile budget 0.5, compile budget 0.1.
 Exit code 1 if a method failed; running out of memory is a result.
 """
 
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from actpress import arguments, battery, cli, record, source, workload
+from actpress import arguments, cli, record, workload
 from actpress.run import bad_input
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULTS = {field.name: field.default for field in fields(workload.Setting)} | {"model": "resnet50"}
-OPTIONS = {"methods": (), "rivals": (), "stock": True, "out": None}
+OPTIONS = {"methods": (workload.STOCK,), "largest": False, "step": 8, "out": None}
 
 
 def main(given: list[str]) -> int:
     with bad_input():
         values = arguments.read(given, DEFAULTS | OPTIONS)
         options = {name: values.pop(name) for name in OPTIONS}
-        setting = workload.Setting(**values)
-        wanted = chosen(options["methods"], options["rivals"])
-        path = Path(options["out"]) if options["out"] else None
-        found = earlier(path, setting)
+        setting, methods = workload.Setting(**values), options["methods"]
+        workload.check(methods, CONFIGS)
         setting.config(CONFIGS, workload.STOCK)  # a wrong model ends here
-        environment = workload.environment(setting.device, source.source_id(ROOT))
-    done = {
-        row["method"]
-        for session in found["sessions"]
-        if source.same(session["environment"], environment)
-        for row in session["rows"]
-        if row["status"] != "failed"
-    }
-    left = [name for name in wanted if name not in done]
-    if options["stock"] and left:
-        rest = [name for name in left if name != workload.STOCK]
-        left = [workload.STOCK, *rest, *([workload.AGAIN] if rest else [])]
+        environment = workload.environment(setting.device)
+        if options["largest"]:
+            setting = replace(setting, memory=setting.memory or environment["memory_bytes"] or 0)
+            if not (setting.memory and options["step"]):
+                raise ValueError(f"memory={setting.memory} step={options['step']}, allowed here: numbers from 1")
+        path = Path(options["out"]) if options["out"] else None
+        found = earlier(path, asdict(setting) | {"largest": options["largest"]})
     current: dict[str, Any] = {"environment": environment, "rows": []}
+    before = [row for session in found["sessions"] for row in session["rows"] if row["status"] != "failed"]
 
-    def write(rows) -> None:
+    def write(rows: workload.Rows) -> None:
         current["rows"] = rows
         print(describe(rows[-1]), flush=True)
         if path:
             record.write(path, {**found, "sessions": [*found["sessions"], current]})
 
-    rows = workload.session(setting, left, CONFIGS, write) if left else []
-    missing = set(left) - {row["method"] for row in rows}
-    told = f"{setting.model} {setting.precision}: {len(rows)} rows measured, {len(done)} were there"
-    print(f"{told}, {len(missing)} missing" if missing else f"{told}, {battery.COMPLETE}")
-    return int(any(row["status"] == "failed" for row in rows))
+    if options["largest"]:
+        rows = workload.search(setting, methods, CONFIGS, options["step"], before, write)
+        return int(any(row["status"] == "failed" for row in rows))
+    left = [name for name in methods if name not in {row["method"] for row in before}]
+    if left and not setting.predict:
+        rest = [name for name in left if name != workload.STOCK]
+        left = [workload.STOCK, *rest, *([workload.AGAIN] if rest else [])]
+    rows = workload.session(setting, left, CONFIGS, write)
+    print(f"{setting.model} {setting.precision}: {len(rows)} of {len(left)} rows measured, {len(before)} were there")
+    return int(len(rows) < len(left) or any(row["status"] == "failed" for row in rows))
 
 
-def chosen(methods: tuple[str, ...], rivals: tuple[str, ...]) -> list[str]:
-    """What to measure. Raises ValueError for what does not exist."""
-    known = workload.methods(CONFIGS)
-    for kind, names, allowed in (("method", methods, known), ("rival", rivals, tuple(workload.RIVALS))):
-        for name in names:
-            if name not in allowed:
-                raise ValueError(f"{kind} {name!r} is unknown, allowed: {', '.join(allowed)}")
-    return [*(methods or known), *rivals]
-
-
-def earlier(path: Path | None, setting: workload.Setting) -> dict[str, Any]:
+def earlier(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
     """What the file holds, {setting, sessions}. Raises ValueError if it is of another setting."""
-    found = {"setting": asdict(setting), "sessions": []}
-    if path and path.exists():
-        there = record.read(path)
-        if there.get("setting") != found["setting"]:
-            raise ValueError(f"{path} holds another setting, {there.get('setting')}; remove it or name another file")
-        found = there
+    if not (path and path.exists()):
+        return {"setting": setting, "sessions": []}
+    found = record.read(path, {"setting": dict, "sessions": list})
+    if found["setting"] != setting:
+        raise ValueError(f"{path} holds another setting, {found['setting']}; remove it or name another file")
     return found
 
 
 def describe(row: dict[str, Any]) -> str:
     """One line for a row."""
-    speed, peak, saved = (row.get(name) for name in ("images_per_s", "peak_bytes", "saved_bytes"))
+    speed = row.get("images_per_s")
+    sizes = {"peak": row.get("peak_bytes"), "saved": row.get("saved_bytes"), "predicted": row.get("predicted_bytes")}
     parts = [
-        f"{row['method']}: {row['status']}",
+        f"{row['method']} batch {row['batch']}: {row['status']}",
         *([f"{speed['median']:.1f} images/s (IQR {speed['iqr']:.1f}, n={speed['n']})"] if speed else []),
-        *([f"peak {peak / 2**20:.1f} MiB"] if peak else []),
-        *([f"saved {saved / 2**20:.1f} MiB"] if saved is not None else []),
+        *(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items() if size is not None),
         *([row["message"]] if row["message"] else []),
     ]
     return ", ".join(parts)

@@ -22,7 +22,7 @@ FIELDS = (
     *("case", "dtype", "what", "config", "status", "n", "p20_ms", "p50_ms", "p80_ms"),
     *("floor_bytes", "moved_bytes", "flops", "gib_per_s", "moved_gib_per_s", "tflops"),
     *("fraction_of_copy", "speedup_over_stock"),
-    *("device", "torch", "triton", "cuda", "driver", "commit", "source", "date"),
+    *("device", "torch", "triton", "cuda", "driver", "commit", "date"),
 )
 GOAL = 0.85  # of copy bandwidth, for what only moves bytes
 PRODUCT_GOALS = (2, 3)  # times stock: pooled (k=2) and block-sparse (80%) weight gradients

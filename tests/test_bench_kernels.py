@@ -43,8 +43,7 @@ def bench(tmp_path, monkeypatch):
     """bench(*cases, options) -> (exit code, rows): the script's main with these cases alone, where nothing is compiled."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
-    monkeypatch.setattr(bench_kernels.source, "source_id", lambda root: "some source")
-    monkeypatch.setattr(bench_kernels.source, "commit_of", lambda *_, **__: None)
+    monkeypatch.setattr(bench_kernels.provenance, "source", lambda: {"commit": "some commit", "dirty": False})
 
     def run(*cases, options=()):
         monkeypatch.setattr(registry, "all_cases", lambda: {case.name: case for case in cases})
@@ -182,11 +181,11 @@ def test_a_second_call_goes_on(bench, monkeypatch, capsys):
     assert bench(case)[1] == before and len(calls) == 2
     bench(case, options=["fresh=true", "dtypes=float16"])
     assert len(calls) == 3
-    monkeypatch.setattr(bench_kernels.source, "source_id", lambda root: "changed")
+    monkeypatch.setattr(bench_kernels.provenance, "source", lambda: {"commit": "some commit", "dirty": True})
     after = bench(case, made("new"), options=["cases=made", "dtypes=float32"])[1]
     assert len(calls) == 4
-    assert {row["source"] for row in after if row["dtype"] == "float32"} == {"changed"}
-    assert {row["source"] for row in after if row["dtype"] == "float16"} == {"some source"}, "kept until measured again"
+    assert {row["commit"] for row in after if row["dtype"] == "float32"} == {"some commit changed"}
+    assert {row["commit"] for row in after if row["dtype"] == "float16"} == {"some commit"}, "kept until measured again"
     assert {row["case"] for row in bench(made("new"))[1]} == {"new"}, "a case that is no more is dropped"
 
 
@@ -346,3 +345,19 @@ def test_on_a_device(tmp_path):
 def test_poison_reaches_the_device():
     with verify.poisoned():
         assert torch.empty(1000, device="cuda").isnan().all()
+
+
+def test_names_are_measured_in_their_order_and_what_is_not_asked_for_is_left_out(bench):
+    cases = [made("one", configs=({"num_warps": 4}, {"num_warps": 8})), made("two"), made("two_more")]
+    options = ["names=two,one", "dtypes=float32", "what=kernel,stock", "configs=default"]
+    _, rows = bench(*cases, options=options)
+    assert {row["case"] for row in rows} == {"two", "one"}
+    assert {row["what"] for row in rows} == {"copy", "kernel", "stock"}
+    assert len([row for row in rows if row["what"] == "kernel"]) == 2
+    for option, message in (
+        ("names=tw", "names=tw, allowed: one, two"),
+        ("what=all", "what=all"),
+        ("configs=2", "configs=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench_kernels.parse(["profile=tiny", option])

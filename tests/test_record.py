@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actpress import checkpoint, cli, record
+from actpress import checkpoint, cli, provenance, record
 from training import files_up_to
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -191,17 +191,17 @@ def test_a_changed_source_is_dirty_and_changed_results_are_not(tmp_path, monkeyp
         author = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", "-C", tmp_path, *author, *arguments], check=True, capture_output=True)
 
-    for name in ("src/record.py", "results/runs/a.json"):
+    for name in ("src/provenance.py", "results/runs/a.json"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("1")
     git("init")
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "src/record.py"))
-    assert record.source() == {"commit": None, "dirty": None}
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src/provenance.py"))
+    assert provenance.source() == {"commit": None, "dirty": None}
     git("add", ".")
     git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{40}", record.source()["commit"])
-    assert record.source()["dirty"] is False
+    assert re.fullmatch("[0-9a-f]{40}", provenance.source()["commit"])
+    assert provenance.source()["dirty"] is False
     (tmp_path / "results/runs/a.json").write_text("2")
-    assert record.source()["dirty"] is False
+    assert provenance.source()["dirty"] is False
     (tmp_path / "src/new.py").write_text("2")
-    assert record.source()["dirty"] is True
+    assert provenance.source()["dirty"] is True

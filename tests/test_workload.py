@@ -1,15 +1,14 @@
-"""Training steps measured side by side, the search for the largest batch, and the arguments of scripts."""
+"""Training steps measured side by side, and the search for the largest batch."""
 
 import importlib
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from actpress import arguments, limits, measure, source, workload
+from actpress import measure, workload
 from actpress.run import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +41,10 @@ def test_every_method_gets_a_row_beside_stock():
 
 def test_prediction_and_measurement_of_saved_bytes_agree():
     for method in ("none", "division"):
-        row = workload.measure(replace(SMALL, predict=True), method, ROOT / "configs")
-        assert row["predicted_saved_bytes"] == row["saved_bytes"] > 0
+        measured = workload.measure(SMALL, method, ROOT / "configs")
+        predicted = workload.measure(replace(SMALL, predict=True), method, ROOT / "configs")
+        assert predicted["status"] == "predicted" and "images_per_s" not in predicted
+        assert predicted["predicted_bytes"] == measured["saved_bytes"] > 0
 
 
 def test_running_out_of_memory_is_a_result():
@@ -82,7 +83,11 @@ def test_tf32_is_what_the_setting_says_and_only_for_its_time():
 
 def test_bench_training_goes_on_where_its_file_ends(script, tmp_path, capsys, monkeypatch):
     bench_training = script("bench_training")
-    monkeypatch.setattr(workload, "measure", lambda setting, name, configs: {"status": "ok", "message": None})
+
+    def row(setting, name, configs):
+        return {"method": name, "batch": setting.batch, "status": "ok", "message": None}
+
+    monkeypatch.setattr(workload, "measure", row)
     path = tmp_path / "out.json"
     given = ["model=resnet20", "device=cpu", "steps=4", f"out={path}"]
 
@@ -92,127 +97,73 @@ def test_bench_training_goes_on_where_its_file_ends(script, tmp_path, capsys, mo
     assert bench_training.main([*given, "methods=none,division"]) == 0
     assert bench_training.main([*given, "methods=none,division,pooling"]) == 0
     assert methods() == [["none", "division", "none again"], ["none", "pooling", "none again"]]
-    assert capsys.readouterr().out.strip().endswith("3 rows measured, 3 were there, complete")
+    assert capsys.readouterr().out.strip().endswith("3 of 3 rows measured, 3 were there")
     assert bench_training.main([*given, "methods=none,division,pooling"]) == 0
     assert len(methods()) == 2
-    monkeypatch.setattr(source, "source_id", lambda root: "another")
-    assert bench_training.main([*given, "methods=division", "stock=false"]) == 0
-    assert methods()[2] == ["division"]
-    with pytest.raises(InputError, match="holds another setting"):
-        bench_training.main([*given, "batch=8"])
     for argument, message in (
+        ("batch=8", "holds another setting"),
         ("methods=nosuch", "method 'nosuch'"),
         ("model=nosuch", "model=nosuch"),
         ("steps=1", "steps=1"),
+        ("precision=fp8", "precision=fp8, allowed: fp32"),
+        ("largest=true", "memory=0"),
     ):
         with pytest.raises(InputError, match=message):
-            bench_training.main(["device=cpu", argument])
+            bench_training.main([*given, argument])
 
 
 # the largest batch
 
 
-def searched(true: int, start: int, step: int, highest: int, fixed: float = 1e9, each: float = 1e8, share: float = 1.0):
-    """Probes of a search on a device that holds `true` images at `share` of the memory that peaks tell."""
-    capacity, probes = int((fixed + true * each) / share), []
-    while (batch := limits.next_batch(probes, start, step, highest, capacity)) is not None:
-        assert batch not in [probe.batch for probe in probes], "probed twice"
-        assert 1 <= batch <= highest
-        probes.append(limits.Probe(batch, batch <= true, int(fixed + batch * each) if batch <= true else None))
-    return probes
+def searched(true: int, step: int, fixed: float = 1e9, each: float = 1e8, share: float = 1.0):
+    """Rows of a search on a device that holds `true` images at `share` of the memory that peaks tell."""
+    capacity, rows = int((fixed + true * each) / share), []
+    while (batch := workload.next_batch(rows, 64, step, capacity)) is not None:
+        assert batch >= 1 and batch not in [row["batch"] for row in rows]
+        rows.append(
+            {"batch": batch, "status": "ok" if batch <= true else "oom", "peak_bytes": int(fixed + batch * each)}
+        )
+    return rows
 
 
 @pytest.mark.parametrize("true", [0, 1, 7, 63, 64, 197, 1021, 30011])
 @pytest.mark.parametrize("share", [0.7, 0.95, 1.0, 1.3])
 @pytest.mark.parametrize("step", [1, 8])
 def test_the_search_ends_near_the_largest_batch_that_fits(true, share, step):
-    probes = searched(true, start=64, step=step, highest=2**20, share=share)
-    fits, fails = limits.bounds(probes)
+    rows = searched(true, step, share=share)
+    fits = max((row["batch"] for row in rows if row["status"] == "ok"), default=0)
+    fails = min(row["batch"] for row in rows if row["status"] == "oom")
     assert fits <= true < fails
     assert fails - fits <= max(step, fits / 32)
-    assert len(probes) <= 16
+    assert len(rows) <= 18
 
 
 def test_a_good_extrapolation_takes_few_probes():
-    assert len(searched(1000, start=64, step=8, highest=2**16)) <= 5
+    assert len(searched(1000, 8)) <= 5
 
 
-def test_the_search_stops_at_the_highest_batch():
-    assert limits.bounds(searched(10**6, start=64, step=8, highest=200)) == (200, None)
-
-
-def test_an_interrupted_search_goes_on_where_it_was():
-    probes = searched(777, start=64, step=8, highest=2**16)
-    random.Random(0).shuffle(shuffled := probes[:3])
-    assert limits.next_batch(shuffled, 64, 8, 2**16, int(1e9 + 777e8)) == probes[3].batch
-
-
-def test_each_probe_of_the_largest_batch_is_kept(script, tmp_path, monkeypatch, capsys):
-    """The search goes on from its file; a larger device is not pretended to be this one."""
-    largest_batch = script("largest_batch")
+def test_each_probe_is_kept_and_the_search_goes_on_from_its_file(script, tmp_path, monkeypatch):
     asked = []
 
-    def probe(setting, method, batch):
-        asked.append(batch)
+    def probe(setting, method, configs):
+        asked.append(setting.batch)
         if len(asked) == 3:
             raise KeyboardInterrupt
+        status = "ok" if setting.batch <= 100 else "oom"
         return {
-            "batch": batch,
-            "status": "ok" if batch <= 100 else "oom",
+            "method": method,
+            "batch": setting.batch,
+            "status": status,
             "message": None,
-            "peak_bytes": batch,
-            "seconds": 1,
+            "peak_bytes": setting.batch,
         }
 
-    monkeypatch.setattr(largest_batch, "probe", probe)
-    given = ["model=resnet20", "device=cpu", "memory=100", "start=64", f"out={tmp_path / 'out.json'}"]
+    monkeypatch.setattr(workload, "measure", probe)
+    bench_training, path = script("bench_training"), tmp_path / "out.json"
+    given = ["model=resnet20", "device=cpu", "memory=100", "largest=true", "methods=none", f"out={path}"]
     with pytest.raises(KeyboardInterrupt):
-        largest_batch.main(given)
-    assert largest_batch.main(given) == 0
+        bench_training.main(given)
+    assert bench_training.main(given) == 0
     assert asked[0] == 64 and asked[3] == asked[2]  # the interrupted probe is made again, no other
-    assert "batch 96 fits, 104 does not" in capsys.readouterr().out
-    sessions = json.loads((tmp_path / "out.json").read_text())["sessions"]
-    assert [len(session["probes"]) for session in sessions] == [2, len(asked) - 3]
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("method=nosuch", "method=nosuch, allowed: none"),
-        ("precision=fp8", "precision=fp8, allowed: fp32"),
-        ("step=0", "step=0"),
-    ],
-)
-def test_largest_batch_refuses(script, argument, message):
-    with pytest.raises(InputError, match=message):
-        script("largest_batch").main(["device=cpu", "memory=1", argument])
-
-
-def test_a_cpu_has_no_largest_batch_of_its_own(script):
-    with pytest.raises(InputError, match="memory=0, but a CPU"):
-        script("largest_batch").main(["device=cpu"])
-
-
-# arguments
-
-
-def test_arguments_take_the_type_of_their_default():
-    defaults = {"batch": 64, "share": 0.5, "compile": False, "methods": (), "out": None}
-    given = ["batch=8", "compile=true", "methods=none, some", "out=x=y", "share=1"]
-    expected = {"batch": 8, "share": 1.0, "compile": True, "methods": ("none", "some"), "out": "x=y"}
-    assert arguments.read(given, defaults) == expected
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("batches=8", "argument 'batches=8', allowed: batch=..., compile=..."),
-        ("batch", "argument 'batch', allowed"),
-        ("batch=many", "batch=many, allowed: whole numbers from 0"),
-        ("batch=-1", "batch=-1, allowed: numbers from 0"),
-        ("compile=maybe", "compile=maybe, allowed: true, false"),
-    ],
-)
-def test_a_wrong_argument_is_named(argument, message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        arguments.read([argument], {"batch": 64, "compile": False})
+    sessions = json.loads(path.read_text())["sessions"]
+    assert [len(session["rows"]) for session in sessions] == [2, len(asked) - 3]

@@ -1,303 +1,203 @@
-"""Everything a GPU is needed for, in one command that may be interrupted at any time: units, the order they run in, their state.
+"""What needs a GPU, as a list of commands with time limits that can be cut off at any moment: configs/battery/<profile>.yaml.
 
-A unit is a command with the least time it is worth starting for and the most it may take. `Battery.run` starts those that are not done
-and fit into the time left, one after the other, stops one that outlasts it, and notes how each ended; the next call goes on. Below
-the folder `out`:
+A profile names its `device`, the seconds of each of its `calls` (a machine that is lent for minutes takes commands of limited length), the
+`overhead` seconds of starting the machine and copying, and its `units` in order of value. See Unit.
 
-state.json            what each unit came to, under its name, the source and the device; written after every unit
-environment.json      the device, its memory, versions, commit
-units/  kernels/  runs/   what the units measured (bench_training.py, largest_batch.py, pytest; bench_kernels.py; train.py)
-logs/                 what they printed
-training/  data/      checkpoints and images, which stay on the machine
-battery-<device>.tar.gz   all of it but what stays
+Below `out` scripts write their rows the moment they have them, and skip those that are there, so that the same command goes on:
 
-Status: done; failed; stopped (its time was over: it goes on or begins again in the next call). One that failed is not repeated unless it
-says itself that it is incomplete, or `retry` is asked for.
+identity.json   units.json   *.json   *.csv   runs/<run_id>.json   logs/<unit>.log
 """
 
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
+import sys
+import tarfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from actpress import record
+from omegaconf import OmegaConf
 
-FORMAT = 1  # of state.json
-OURS = ("state.json", "environment.json", "units", "kernels", "runs", "logs", "training", "data")  # below `out`
-GRACE = 10.0  # seconds a stopped unit has to end by itself
-RESERVE = GRACE + 5.0  # kept back from the budget, for stopping and packing
-TAIL_LINES = 30
-SECONDS = "{seconds}"  # in a command: the time it has to end by itself
-COMPLETE = "complete"  # the last word of a unit that goes on by itself, when there is nothing left
+from actpress import provenance, record
+
+GRACE = 5.0  # seconds that a stopped unit has to end by itself
+WORTH = 10.0  # seconds that must be left to start a unit
+EVERY = 10.0  # seconds between two archives while a unit runs
+TAIL = 20  # lines of a failed unit's log that are printed
 
 
 @dataclass(frozen=True)
 class Unit:
-    """minimum, limit: seconds. ended: exit codes that are results. announces: prints COMPLETE when nothing is left, see there.
-    resumes: goes on where it was stopped. junit: where pytest leaves its report. keeps: what must exist for it to count as done.
-    after: the unit that has to be done first. skip: why it cannot run here. facts: what else the state shall say about it."""
+    """run: arguments of python; {out}: the folder of results, {seconds}: the time the command has. seconds: the most it may take; what
+    earlier units left over is added. rehearse: arguments appended in a rehearsal on a CPU, where a later option counts. variables: of its
+    environment, not in a rehearsal. required: without it the others are worth nothing, so its failure ends the call."""
 
     name: str
-    command: tuple[str, ...] = ()
-    minimum: float = 10.0
-    limit: float = 300.0
-    writes: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    ended: tuple[int, ...] = (0,)
-    announces: bool = False
-    resumes: bool = False
-    junit: Path | None = None
-    keeps: Path | None = None
-    after: str | None = None
-    skip: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        """The name as a file name."""
-        return re.sub(r"[^\w.-]+", "-", self.name)
+    run: str
+    seconds: float
+    call: str = ""
+    rehearse: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    required: bool = False
 
 
-class Battery:
-    """The units of one profile on one device. clock() is in seconds; `end` is when the budget is over."""
+@dataclass(frozen=True)
+class Profile:
+    """calls: seconds of each, {"": seconds} where there is but one."""
 
-    def __init__(
-        self,
-        units: Sequence[Unit],
-        out: Path,
-        environment: Mapping[str, Any],
-        profile: str,
-        root: Path,
-        end: float,
-        any_source: bool = False,
-        retry: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.units, self.out, self.environment, self.profile, self.root = list(units), out, environment, profile, root
-        self.end, self.any_source, self.retry, self.clock = end, any_source, retry, clock
-        self.state = read_state(out, profile)
+    name: str
+    device: str
+    calls: Mapping[str, float]
+    units: tuple[Unit, ...]
+    overhead: float = 0.0
 
-    def entry(self, unit: Unit) -> dict[str, Any] | None:
-        """How the unit last ended, for this source and device (with any_source: the latest of this device)."""
-        device, source = self.environment["device"], self.environment["source"]
-        found = [
-            entry
-            for entry in self.state["units"].values()
-            if (entry["unit"], entry["device"]) == (unit.name, device)
-            and (self.any_source or entry["source"] == source)
-        ]
-        return max(found, key=lambda entry: entry["date"], default=None)
-
-    def settled(self, unit: Unit) -> bool:
-        """Whether there is nothing to do for the unit."""
-        entry = self.entry(unit)
-        if entry is None or entry["status"] == "stopped" or (unit.keeps and not unit.keeps.exists()):
-            return False
-        return entry["status"] == "done" or not (self.retry or entry["incomplete"])
-
-    def needs(self, unit: Unit) -> float:
-        """Seconds that must be left for the unit to be started; more than it lasted when it was stopped, unless it goes on from there."""
-        entry = self.entry(unit)
-        stopped = entry["seconds"] if entry and entry["status"] == "stopped" and not unit.resumes else 0.0
-        return max(unit.minimum, min(1.2 * stopped, unit.limit))
-
-    def plan(self) -> list[str]:
-        """A line for each unit."""
+    def plan(self, ended: Mapping[str, Any]) -> list[str]:
+        """A line for each unit, each call and the sum. ended: units of `state_of`."""
+        words = {name: f": {unit['status']} in {unit['seconds']:.0f} s" for name, unit in ended.items()}
         lines = []
-        for unit in self.units:
-            entry = self.entry(unit)
-            if unit.skip:
-                what = f"skipped: {unit.skip}"
-            elif self.settled(unit):
-                what = f"{entry['status']}: {entry['message']}"
-            else:
-                what = f"to do, from {self.needs(unit):.0f} to {unit.limit:.0f} s, writes {', '.join(unit.writes)}"
-                what = f"{entry['status']} before, {what}" if entry else what
-            lines.append(f"{unit.name}: {what}")
-        todo = [unit for unit in self.units if not unit.skip and not self.settled(unit)]
-        least, most = sum(map(self.needs, todo)), sum(unit.limit for unit in todo)
-        return [*lines, f"{len(self.units)} units, {len(todo)} to do, at least {least:.0f} s, at most {most:.0f} s"]
-
-    def run(self, pack: Callable[[], Any]) -> int:
-        """Run what is left and fits; pack() is called after every unit. Returns the exit code: 1 if a unit failed, now or before."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        record.write(self.out / "environment.json", dict(self.environment))
-        for unit in self.units:
-            left = self.end - RESERVE - self.clock()
-            if unit.skip:
-                self.say(f"{unit.name}: skipped: {unit.skip}")
-            elif self.settled(unit):
-                continue
-            elif waits := [other.name for other in self.units if other.name == unit.after and not self.settled(other)]:
-                self.say(f"{unit.name}: not started, waits for {waits[0]}")
-            elif left < self.needs(unit):
-                self.say(f"{unit.name}: not started, needs {self.needs(unit):.0f} s")
-            else:
-                try:
-                    self.note(unit, **self.execute(unit, min(unit.limit, left)))
-                finally:  # also when this process is interrupted
-                    pack()
-        pack()
-        units = [unit for unit in self.units if not unit.skip]
-        failed = [unit.name for unit in units if (entry := self.entry(unit)) and entry["status"] == "failed"]
-        told = f"FAILED: {', '.join(failed)}" if failed else "none failed"
-        self.say(f"{self.left()} of {len(units)} units left, {told}")
-        return int(bool(failed))
-
-    def left(self) -> int:
-        """How many units that can run here are not settled."""
-        return sum(not unit.skip and not self.settled(unit) for unit in self.units)
-
-    def execute(self, unit: Unit, seconds: float) -> dict[str, Any]:
-        """Run the unit for at most `seconds`; returns how it ended."""
-        log = self.out / "logs" / f"{unit.file}.log"
-        for folder in (log.parent, *(self.out / Path(path).parent for path in unit.writes)):
-            folder.mkdir(parents=True, exist_ok=True)
-        if unit.junit:
-            unit.junit.unlink(missing_ok=True)
-        begin = self.clock()
-        command = [part.replace(SECONDS, f"{max(seconds - GRACE, 1):.0f}") for part in unit.command]
-        code = run_for(command, seconds, log, self.root, {**os.environ, **unit.environment})
-        lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        complete = not unit.announces or last.endswith(COMPLETE)
-        tests = junit_summary(unit.junit) if unit.junit else None
-        if code is None:  # a unit that had all the time it may take, and cannot use more, has failed
-            status = "failed" if seconds >= unit.limit and not unit.resumes else "stopped"
-        elif code in unit.ended:
-            status = "done" if complete else "stopped"
-        else:
-            status = "failed"
-        if tests is not None and status != "stopped":
-            record.write(self.out / "units" / f"{unit.file}.json", {"environment": dict(self.environment), **tests})
-        return {
-            "status": status,
-            "code": code,
-            "seconds": round(self.clock() - begin, 1),
-            "message": last.strip()[:300] if code is not None else f"its time was over: {last.strip()[:200]}",
-            "tail": lines if status == "failed" else [],
-            "incomplete": status == "failed" and unit.announces and not complete,
-        }
-
-    def note(self, unit: Unit, **ended: Any) -> None:
-        """Write into the state how the unit ended, and print it."""
-        key = f"{unit.name} {self.environment['source'][:12]} {slug(self.environment['device'])}"
-        before = self.state["units"].get(key, {})
-        self.state["units"][key] = {
-            "unit": unit.name,
-            "source": self.environment["source"],
-            "device": self.environment["device"],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "attempts": before.get("attempts", 0) + 1,
-            **unit.facts,
-            **ended,
-        }
-        record.write(self.out / "state.json", self.state)
-        self.say(f"{unit.name}: {ended['status']} in {ended['seconds']:.0f} s: {ended['message']}")
-        for line in ended["tail"]:
-            print(f"    {line}", flush=True)
-
-    def say(self, text: str) -> None:
-        print(f"[{max(self.end - self.clock(), 0):4.0f} s left] {text}", flush=True)
+        for call, seconds in self.calls.items():
+            units = [unit for unit in self.units if unit.call == call]
+            lines += [f"{unit.seconds:5.0f} s  {unit.name}{words.get(unit.name, '')}" for unit in units]
+            lines += [
+                f"{sum(unit.seconds for unit in units):5.0f} s  of {seconds:.0f} s  {call and f'of call {call}'}",
+                "",
+            ]
+        total = sum(self.calls.values()) + self.overhead
+        return [
+            *lines,
+            f"{total:5.0f} s  in all ({total / 60:.1f} minutes), {self.overhead:.0f} s to start and to copy",
+        ]
 
 
-def run_for(
-    command: Sequence[str], seconds: float, log: Path, root: Path, environment: Mapping[str, str]
-) -> int | None:
-    """Run a command in `root` for at most `seconds`, its output in `log`. Returns its exit code, None if its time was over.
+def load(folder: Path, name: str) -> Profile:
+    """The profile folder/<name>.yaml. Raises ValueError, with what is allowed, for an unknown name or too long a call."""
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise ValueError(f"profile={name}, allowed: {', '.join(names)}")
+    content = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
+    units = tuple(Unit(**unit) for unit in content.pop("units"))
+    profile = Profile(name, units=units, **content)
+    for call in {unit.call for unit in units}:
+        planned = sum(unit.seconds for unit in units if unit.call == call)
+        if planned > (allowed := profile.calls.get(call, 0)):
+            raise ValueError(f"profile {name}: the units of call {call!r} take {planned:.0f} s, allowed: {allowed:.0f}")
+    return profile
 
-    All its processes are a group of their own, which is interrupted as by Ctrl-C when the time is over, and killed if that does not help.
+
+def state_of(out: Path) -> dict[str, Any]:
+    """units: how each ended; source: the commit they ran from. Raises ValueError where that is not the commit of this source."""
+    path, here = out / "units.json", provenance.source()
+    state = record.read(path, {"units": dict, "source": dict}) if path.exists() else {"source": here, "units": {}}
+    if state["source"] != here:
+        raise ValueError(f"{out} holds results of {state['source']}, this is {here}; name another folder with out=")
+    return state
+
+
+def run(
+    profile: Profile, call: str, seconds: float, out: Path, archive: Path, root: Path, rehearsal: bool = False
+) -> int:
+    """Run the units of a call that are not done and fit into `seconds`; `archive`, of all in `out`, is renewed every EVERY seconds.
+
+    A unit that fails is noted, with its log, and does not stop the rest. Returns 1 if one failed or was stopped, 0 otherwise.
     """
-    with log.open("wb") as file:
+    end, state = time.monotonic() + seconds, state_of(out)
+    units = [unit for unit in profile.units if unit.call == call]
+    with _archived(out, archive):
+        for number, unit in enumerate(units):
+            left, before = end - GRACE - time.monotonic(), state["units"].get(unit.name, {})
+            if before.get("status") == "done":
+                continue
+            if left < min(WORTH, unit.seconds):
+                print(f"[{left:4.0f} s left] {unit.name}: not started", flush=True)
+                continue
+            limit = min(left, max(unit.seconds, left - sum(later.seconds for later in units[number + 1 :])))
+            log, begin = out / "logs" / f"{slug(unit.name)}.log", time.monotonic()
+            code = execute(unit, out, log, limit, root, rehearsal)
+            status = "stopped" if code is None else "failed" if code else "done"
+            ended = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit": round(limit, 1)}
+            tail = log.read_text(errors="replace").splitlines()[-TAIL:]
+            state["units"][unit.name] = {**ended, "said": " ".join(tail[-1:])[:300]}
+            record.write(out / "units.json", state)
+            print(
+                f"[{end - time.monotonic():4.0f} s left] {unit.name}: {status} in {ended['seconds']:.0f} s", flush=True
+            )
+            if status == "failed":
+                print("".join(f"    {line}\n" for line in tail), end="", flush=True)
+                if unit.required:
+                    return 1
+    ended = [state["units"].get(unit.name, {}).get("status") for unit in units]
+    print(f"{ended.count('done')} of {len(units)} units done; {archive}", flush=True)
+    return int("failed" in ended or "stopped" in ended)
+
+
+def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehearsal: bool = False) -> int | None:
+    """Run a unit for at most `seconds`, its output in `log`. Returns its exit code, None if its time was over.
+
+    Its processes are a group of their own, which is interrupted as by Ctrl-C when the time is over, and killed after GRACE seconds.
+    """
+    words = shlex.split(f"{unit.run} {unit.rehearse}" if rehearsal else unit.run)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
         process = subprocess.Popen(
-            list(command),
+            [sys.executable, *(word.format(out=out, seconds=int(seconds)) for word in words)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=root,
-            env=dict(environment),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if rehearsal else dict(unit.variables)),
             process_group=0,
             # a shell that runs this in the background has SIGINT ignored, which would be inherited
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End the process, and whatever is left of its group."""
-    for number, patience in ((signal.SIGINT, 0.8 * GRACE), (signal.SIGTERM, 0.2 * GRACE), (signal.SIGKILL, None)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number if process.poll() is None else signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            if number == signal.SIGKILL or not _alive(process.pid):
-                return
-
-
-def _alive(group: int) -> bool:
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def junit_summary(path: Path) -> dict[str, Any] | None:
-    """Counts of pytest's JUnit report, and what did not pass with the first line of its message; None without a whole report."""
-    try:
-        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-    except (FileNotFoundError, ElementTree.ParseError):
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
         return None
-    count = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
-    wrong = [
-        {"test": case.get("name"), "message": (found.get("message") or "").partition("\n")[0][:300]}
-        for suite in suites
-        for case in suite.iter("testcase")
-        for found in (*case.findall("failure"), *case.findall("error"))
-    ]
-    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
-    seconds = round(sum(float(suite.get("time", 0)) for suite in suites), 1)
-    return {"passed": passed, **count, "seconds": seconds, "wrong": wrong}
+    finally:  # also of an interruption
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def pack(out: Path, archive: Path) -> None:
+    """Write all files below `out` into a .tar.gz, which takes the place of the last one at once."""
+    with record.replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path.suffix != ".tmp":
+                tar.add(path, path.relative_to(out).as_posix())
+
+
+@contextmanager
+def _archived(out: Path, archive: Path) -> Iterator[None]:
+    """Pack every EVERY seconds, and at the end, also of an interrupted block."""
+    over = threading.Event()
+
+    def again() -> None:
+        while not over.wait(EVERY):
+            with suppress(OSError):  # a file changed meanwhile: the next archive has it; the last one raises
+                pack(out, archive)
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        pack(out, archive)
 
 
 def slug(name: str) -> str:
     """A file name: "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def read_state(out: Path, profile: str) -> dict[str, Any]:
-    """The state below `out`, a new one where there is none. Raises ValueError if it is of another profile or format."""
-    path = out / "state.json"
-    if not path.exists():
-        return {"format": FORMAT, "profile": profile, "units": {}}
-    state = record.read(path, {"units": dict})
-    if (state.get("format"), state.get("profile")) != (FORMAT, profile):
-        raise ValueError(
-            f"{path} is of profile {state.get('profile')}, format {state.get('format')}, not of {profile}, {FORMAT}; "
-            "name another folder with out=, or start over with fresh=true"
-        )
-    return state
-
-
-def forget(out: Path) -> None:
-    """Remove what batteries left below `out`."""
-    for path in (*(out / name for name in OURS), *out.glob("battery-*.tar.gz")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

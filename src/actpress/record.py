@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+
+from actpress import provenance
 
 STATUSES = ("ok", "oom", "diverged", "failed")
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
@@ -243,27 +244,9 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in PACKAGES},
-        **source(),
+        **provenance.source(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def source() -> dict[str, Any]:
-    """commit: of the checkout this file is part of, None outside of one. dirty: files other than results differ from it."""
-    here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", here.name) != here.name:
-        return {"commit": None, "dirty": None}
-    changes = _git(here.parent, "status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
-    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None without git or outside of a checkout."""
-    try:
-        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -4,46 +4,47 @@ The step is the training loop's own (engine.Trainer), on one batch of noise that
 stay as they are however many steps are made. Everything measured in one process on one device is a session; speeds are compared
 within a session only, so each has a row of stock PyTorch, and a second one at the end shows how far the device drifted.
 
-A row: method, status (ok, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; peak_bytes,
-peak_reserved_bytes, saved_bytes (measured), predicted_saved_bytes (fake tensors); first_step_seconds, which holds the compilation.
+A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; peak_bytes,
+peak_reserved_bytes, saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors
+tell it.
 """
 
-import copy
 import gc
 import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from actpress import cli, engine, record, settings, swap, tables
 from actpress.measure import ran_out
 
-STOCK = "none"  # the method that changes nothing
-AGAIN = "none again"  # the row of stock at a session's end
+STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PEAK_STEPS = engine.PEAK_STEP + 2  # the fewest steps that see saved bytes and the peak
-BROKEN = (
-    "CUDA error",
-    "an illegal memory access",
-    "device-side assert",
-)  # nothing more can be measured in this process
+BROKEN = ("CUDA error", "illegal memory access", "device-side assert")  # nothing more can be measured in this process
+AIM, FINENESS = (
+    0.97,
+    1 / 32,
+)  # of a search: what share of an extrapolated batch is tried, how exactly the largest is known
+Rows = list[dict[str, Any]]
+Write = Callable[[Rows], None]
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a session measures. precision: tf32 is fp32 with matrix products in TF32, fp32 allows none; bf16 and fp16 are autocast.
     steps: how many are made; the training loop times those that neither warm up nor measure memory. memory: bytes that the device is
-    pretended to have, 0 for what it has. predict: the saved bytes that fake tensors tell, too."""
+    pretended to have, 0 for what it has. predict: nothing is run, fake tensors tell the saved bytes."""
 
     model: str
     batch: int = 64
@@ -60,36 +61,19 @@ class Setting:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision}, allowed: {', '.join(PRECISIONS)}")
-        for name in ("batch", "image_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, allowed: whole numbers from 1")
-        if self.steps < PEAK_STEPS:
-            raise ValueError(f"steps={self.steps}, allowed: whole numbers from {PEAK_STEPS}")
+        for name, least in (("batch", 1), ("image_size", 1), ("num_classes", 1), ("steps", PEAK_STEPS)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}, allowed: whole numbers from {least}")
 
     def config(self, configs: Path, method: str) -> DictConfig:
         """The composed training config of one method. Raises InputError for an unknown model or method."""
-        return cli.compose(
-            [
-                f"model={self.model}",
-                "data=synthetic",
-                f"data.image_size={self.image_size}",
-                f"data.num_classes={self.num_classes}",
-                "recipe=quick",
-                "recipe.epochs=1",
-                f"recipe.batch_size={self.batch}",
-                "recipe.optimizer.lr=0.0",
-                "recipe.schedule.name=none",
-                f"method={method}",
-                f"runtime.device={self.device}",
-                f"runtime.precision={'fp32' if self.precision == 'tf32' else self.precision}",
-                f"runtime.compile={str(self.compile).lower()}",
-                f"runtime.channels_last={str(self.channels_last).lower()}",
-                "runtime.deterministic=false",
-                "runtime.progress=false",
-                "logger=none",
-            ],
-            configs,
-        )
+        precision = "fp32" if self.precision == "tf32" else self.precision
+        overrides = f"""model={self.model} method={method} data=synthetic data.image_size={self.image_size}
+            data.num_classes={self.num_classes} recipe=quick recipe.epochs=1 recipe.batch_size={self.batch}
+            recipe.optimizer.lr=0.0 recipe.schedule.name=none runtime.device={self.device} runtime.precision={precision}
+            runtime.compile={self.compile} runtime.channels_last={self.channels_last} runtime.deterministic=false
+            runtime.progress=false logger=none"""
+        return cli.compose(overrides.split(), configs)
 
 
 class OneBatch:
@@ -107,28 +91,6 @@ class OneBatch:
 
     def set_epoch(self, epoch: int) -> None:
         """The batch is the same in every epoch."""
-
-
-def methods(configs: Path) -> list[str]:
-    """Names of all methods, stock first."""
-    names = {path.stem for path in (configs / "method").glob("*.yaml")}
-    return [STOCK, *sorted(names - {STOCK})]
-
-
-def applicable(cfg: DictConfig, configs: Path) -> list[str]:
-    """The methods that change something in cfg's model, after stock. Nothing is allocated."""
-    with torch.device("meta"):
-        model = hydra.utils.instantiate(cfg.model)
-    found = []
-    for name in methods(configs):
-        method = hydra.utils.instantiate(OmegaConf.load(configs / "method" / f"{name}.yaml"))
-        with suppress(ValueError):
-            swap.apply(copy.deepcopy(model), method)
-            found.append(name)
-    return found
-
-
-# What PyTorch itself offers against memory, as a row beside the methods.
 
 
 def _checkpoint(model: nn.Module) -> None:
@@ -156,7 +118,8 @@ def _partitioner_budget(share: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rival:
-    """change: what is done to the model. during: in which context steps run. compiled: only under torch.compile."""
+    """What PyTorch itself offers against memory, as a row beside the methods. change: what is done to the model. during: in which context
+    steps run. compiled: only under torch.compile."""
 
     change: Callable[[nn.Module], None] = lambda model: None
     during: Callable[[], AbstractContextManager] = nullcontext
@@ -170,18 +133,21 @@ RIVALS = {
 }
 
 
-def session(
-    setting: Setting, wanted: Sequence[str], configs: Path, write: Callable[[Sequence[Mapping[str, Any]]], None]
-) -> list[dict[str, Any]]:
+def check(names: Sequence[str], configs: Path) -> None:
+    """Raise ValueError for a name that is neither a method nor one of RIVALS."""
+    known = [*sorted(path.stem for path in (configs / "method").glob("*.yaml")), *RIVALS]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"method {unknown[0]!r} is unknown, allowed: {', '.join(known)}")
+
+
+def session(setting: Setting, wanted: Sequence[str], configs: Path, write: Write) -> Rows:
     """The rows of methods and RIVALS `wanted`, measured one after the other; write(rows) is called after each.
 
     A method that fails is a row too; the session ends early only if the device can no longer be used.
     """
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for name in wanted:
-        begin = time.perf_counter()
-        rows.append({"method": name, **measure(setting, name, configs)})
-        rows[-1]["seconds"] = round(time.perf_counter() - begin, 2)
+        rows.append(measure(setting, name, configs))
         write(rows)
         if any(word in (rows[-1]["message"] or "") for word in BROKEN):
             break
@@ -189,33 +155,35 @@ def session(
 
 
 def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
-    """A row but for its method and seconds."""
+    """One row."""
     rival = RIVALS.get(name)
     cfg = setting.config(configs, STOCK if rival or name == AGAIN else name)
-    device = settings.device(cfg.runtime.device)
+    device, begin = settings.device(cfg.runtime.device), time.perf_counter()
     numbers: dict[str, Any] = {}
+    status, message = "predicted" if setting.predict else "ok", None
     try:
-        if rival and rival.compiled and not setting.compile:
-            raise NotApplicable("only under torch.compile")
-        with precision_of_products(setting.precision), (rival or Rival()).during():
-            _run(setting, cfg, device, rival, numbers)
-        limit = setting.memory
-        if limit and (numbers["peak_bytes"] or 0) > limit:  # on CUDA the allocator refuses first
-            raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {limit}")
-        if setting.predict and rival is None:
-            numbers["predicted_saved_bytes"] = predicted(setting, cfg)
-        status, message = "ok", None
+        if rival and (setting.predict or (rival.compiled and not setting.compile)):
+            raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
+        if setting.predict:
+            numbers["predicted_bytes"] = _predicted(setting, cfg)
+        else:
+            with precision_of_products(setting.precision), (rival or Rival()).during():
+                _run(setting, cfg, device, rival, numbers)
+            if setting.memory and (numbers["peak_bytes"] or 0) > setting.memory:  # on CUDA the allocator refuses first
+                raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {setting.memory}")
     except NotApplicable as error:
         status, message = "not applicable", str(error)
-    except (
-        Exception
-    ) as error:  # whatever a kernel or a compiler raises is a finding; the other methods are still measured
+    except Exception as error:  # whatever a kernel or a compiler raises is a finding: others are still measured
         status = "oom" if ran_out(error) else "failed"
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if status == "failed":
             traceback.print_exc()
-    _forget(device)
-    return {"status": status, "message": message, **numbers}
+    torch._dynamo.reset()  # what the method left: compiled code and cached memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    seconds = round(time.perf_counter() - begin, 2)
+    return {"method": name, "batch": setting.batch, "status": status, "message": message, **numbers, "seconds": seconds}
 
 
 class NotApplicable(Exception):
@@ -236,16 +204,9 @@ def precision_of_products(precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def predicted(setting: Setting, cfg: DictConfig) -> int:
-    """Saved bytes as fake tensors tell them."""
-    numbers = tables.memory(
-        lambda: hydra.utils.instantiate(cfg.model),
-        hydra.utils.instantiate(cfg.method),
-        setting.batch,
-        setting.image_size,
-        cfg.runtime.precision,
-    )
-    return numbers["saved_bytes"]
+def _predicted(setting: Setting, cfg: DictConfig) -> int:
+    model, method = (lambda: hydra.utils.instantiate(cfg.model)), hydra.utils.instantiate(cfg.method)
+    return tables.memory(model, method, setting.batch, setting.image_size, cfg.runtime.precision)["saved_bytes"]
 
 
 def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival | None, numbers: dict[str, Any]) -> None:
@@ -278,16 +239,48 @@ def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival |
     numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})
 
 
-def _forget(device: torch.device) -> None:
-    """Give back what the last method left: compiled code and cached memory."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def search(setting: Setting, wanted: Sequence[str], configs: Path, step: int, before: Rows, write: Write) -> Rows:
+    """A row for each probe, a few training steps, on the way to the largest batch that methods can train: known to `step` images or to
+    three percent, in setting.memory bytes. The first is setting.batch; `before`: rows to go on from. write(rows) is called after each."""
+    rows: Rows = []
+    for name in wanted:
+        while True:
+            made = [row for row in (*before, *rows) if row["method"] == name]
+            batch = next_batch(made, setting.batch, step, setting.memory)
+            if batch is None:
+                break
+            rows.append(measure(replace(setting, batch=batch, steps=PEAK_STEPS), name, configs))
+            write(rows)
+    return rows
 
 
-def environment(device: str, source: str) -> dict[str, Any]:
-    """record.environment of `device` (auto, cpu, cuda), with its memory in bytes and the source's id, see actpress.source."""
+def next_batch(made: Sequence[Mapping[str, Any]], start: int, step: int, capacity: int) -> int | None:
+    """The batch to try next, a multiple of `step`; None when the largest is known to `step` or to the share FINENESS of it.
+
+    While all fit, the next is extrapolated to `capacity` bytes by a line through the two largest, since memory is nearly affine in the
+    batch; without such a line it is the double. After a failure the interval is cut just below it, after two in half.
+    """
+    if not made or made[-1]["status"] not in ("ok", "oom"):
+        return None if made else start
+    fitting = sorted(
+        (row["batch"], row.get("peak_reserved_bytes") or row["peak_bytes"]) for row in made if row["status"] == "ok"
+    )
+    most = fitting[-1][0] if fitting else 0
+    failing = min((row["batch"] for row in made if row["status"] != "ok"), default=None)
+    room = max(step, int(most * FINENESS) // step * step)
+    if failing is not None:
+        first = sum(row["status"] == "oom" for row in made) == 1
+        guess = max((most + failing) // 2, int(0.9 * failing) * first)
+        return None if failing - most <= room else max(guess // step * step, most + step)
+    guess = 2 * most
+    if len(fitting) > 1 and fitting[-1][1] > fitting[-2][1]:
+        (b, less), (a, more) = fitting[-2:]
+        guess = int(AIM * (a + (capacity - more) * (a - b) / (more - less)))
+    return max(guess // step * step, most + room)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """record.environment of `device` (auto, cpu, cuda), with its memory in bytes."""
     found = settings.device(device)
     memory = torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None
-    return {**record.environment(found), "memory_bytes": memory, "source": source}
+    return {**record.environment(found), "memory_bytes": memory}

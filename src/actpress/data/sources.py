@@ -1,4 +1,4 @@
-"""Where the images come from: torchvision's archives, a folder of image files, or a set that ships with a package.
+"""Where the images come from: torchvision's archives, a folder of image files, decoded ones in an array, a set that ships with a package.
 
 `load` returns the train and the test images of a dataset as `ArrayImages` (one uint8 tensor) or `FileImages` (files
 decoded when asked for). Both offer: len, size (height, width), formats (of the files), labels int64 [N],
@@ -7,20 +7,24 @@ pixels() -> uint8 [N, 3, H, W], read(i) -> (RGB image, notes on it), pil(i) -> R
 
 import http.client
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
+from actpress import record
+
 from . import folder
 from .files import FileImages
 
 SOURCES = {
-    "cifar10": ("torchvision", "folder"),
-    "cifar100": ("torchvision", "folder"),
+    "cifar10": ("torchvision", "folder", "array"),
+    "cifar100": ("torchvision", "folder", "array"),
     "imagenet": ("folder",),
     "synthetic": ("builtin",),
     "digits": ("builtin",),
@@ -35,11 +39,11 @@ _TEST_FOLDERS = {"cifar10": ("test",), "cifar100": ("test",), "imagenet": ("val"
 class ArrayImages:
     """Images held as one uint8 tensor [N, 3, H, W] on the CPU, with int64 labels [N]."""
 
-    def __init__(self, pixels_NCHW: Tensor, labels_N: Tensor) -> None:
+    def __init__(self, pixels_NCHW: Tensor, labels_N: Tensor, formats: tuple[str, ...] = ()) -> None:
         self._pixels = pixels_NCHW
         self.labels = labels_N
         self.size = tuple(pixels_NCHW.shape[2:])
-        self.formats: tuple[str, ...] = ()
+        self.formats = formats
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +62,7 @@ class ArrayImages:
 
     def subset(self, indices: Sequence[int]) -> "ArrayImages":
         chosen = torch.as_tensor(indices)
-        return ArrayImages(self._pixels[chosen], self.labels[chosen])
+        return ArrayImages(self._pixels[chosen], self.labels[chosen], self.formats)
 
 
 Images = ArrayImages | FileImages
@@ -67,7 +71,8 @@ Images = ArrayImages | FileImages
 def load(
     name: str, source: str, root: str | None, num_classes: int, image_size: int, train_size: int, test_size: int
 ) -> tuple[Images, Images, str | None]:
-    """The (train, test) images, and of a folder its fingerprint. The two sizes matter to `synthetic` alone: how many images it makes.
+    """The (train, test) images, and the fingerprint of a folder's files, also of decoded ones. The two sizes matter to `synthetic` alone:
+    how many images it makes.
 
     Raises ValueError for a source the dataset does not have, a wrong number of classes or an unreadable image, and
     FileNotFoundError for data that are not there and cannot be downloaded.
@@ -76,6 +81,8 @@ def load(
         raise ValueError(f"data.source {source!r} is not available for {name}; allowed: {', '.join(SOURCES[name])}")
     if source == "folder":
         return _folder(name, root, num_classes)
+    if source == "array":
+        return _array(root, num_classes)
     if name == "synthetic":
         sizes = (train_size, test_size)
         train, test = (_synthetic(size, num_classes, image_size, stream) for stream, size in enumerate(sizes))
@@ -117,6 +124,42 @@ def _folder(name: str, root: str | None, num_classes: int) -> tuple[Images, Imag
     test_directory = next((path for path in candidates if path.is_dir() or path.is_symlink()), candidates[0])
     train, test = folder.read(directory / "train", test_directory, layout, num_classes)
     return FileImages(train.samples), FileImages(test.samples), folder.fingerprint(train, test)
+
+
+_SPLITS = ("train", "test")
+
+
+def save_array(path: Path, train: Images, test: Images, fingerprint: str) -> None:
+    """Write both splits, decoded, as one uncompressed .npz: uint8 [N, 3, H, W] and int64 [N] each, the files' formats, the fingerprint."""
+    content: dict[str, np.ndarray] = {"fingerprint": np.array(fingerprint)}
+    for split, images in zip(_SPLITS, (train, test), strict=True):
+        content |= {f"{split}_pixels": images.pixels().numpy(), f"{split}_labels": images.labels.numpy()}
+        content[f"{split}_formats"] = np.array(images.formats, dtype=str)
+    with record.replacing(path) as file:
+        np.savez(file, **content)
+
+
+def _array(root: str | None, num_classes: int) -> tuple[Images, Images, str]:
+    """What `save_array` wrote. The fingerprint is that of the files that were decoded."""
+    path = Path(_root(root, "the .npz that scripts/pack_images.py writes"))
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            train, test = (
+                ArrayImages(
+                    torch.from_numpy(content[f"{split}_pixels"]),
+                    torch.from_numpy(content[f"{split}_labels"]),
+                    tuple(map(str, content[f"{split}_formats"])),
+                )
+                for split in _SPLITS
+            )
+            fingerprint = str(content["fingerprint"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.root {path} is not there; scripts/pack_images.py writes such a file") from error
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data.root {path} is not a file that scripts/pack_images.py wrote ({error})") from error
+    if (found := 1 + int(max(train.labels.max(), test.labels.max()))) != num_classes:
+        raise ValueError(f"data.num_classes is {num_classes}; {path} has {found}")
+    return train, test, fingerprint
 
 
 def _root(root: str | None, meaning: str) -> str:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# One call of the lease on the GPU machine, in a copy of the checkout that has .lease/ (make lease-pack):
+#
+#   bash scripts/dev/lease.sh a OUT          then, on the same warm machine,          bash scripts/dev/lease.sh b OUT
+#
+# OUT gets lease<call>.tar.gz, renewed every ten seconds. Needs python3 with PyTorch and Triton; no network, no git. REHEARSE=1 runs the
+# same commands on a CPU, small. PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+call=$1 out=$2 python=${PYTHON:-python3}
+site=$PWD/outputs/lease/site
+
+if [[ ! -d $site ]]; then # what the machine lacks; the package itself is the checkout, by links
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .lease/wheels/*.whl
+    mkdir -p "$site/actpress"
+    ln -s "$PWD"/src/actpress/* "$PWD/kernels" "$site/actpress/"
+fi
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+if sha256sum --quiet --check .lease/files.sha256; then
+    ACTPRESS_COMMIT=$(cat .lease/commit)
+    export ACTPRESS_COMMIT
+fi
+if [[ -f .lease/images.tar.xz && ! -d outputs/lease/images ]]; then # in the background: the runs of the second call read it
+    mkdir outputs/lease/images
+    (
+        tar xJf .lease/images.tar.xz -C outputs/lease/images --strip-components=1
+        exec nice "$python" scripts/pack_images.py cifar10 root=outputs/lease/images out=outputs/lease/cifar10.npz
+    ) >outputs/lease/images.log 2>&1 &
+fi
+source scripts/dev/lease_kernels.sh
+exec "$python" scripts/gpu_battery.py profile=lease "call=$call" out=outputs/lease/results "archive=$out" \
+    ${REHEARSE:+rehearse=true}

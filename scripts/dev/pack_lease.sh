@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# .lease/: what a lease needs beside the checkout (scripts/dev/lease.sh). To be made anew after every change of the source.
+#
+#   bash scripts/dev/pack_lease.sh [IMAGES.tar.xz]      an archive NAME/{train,test}/<class>/*.jpg of CIFAR-10, for the training unit
+#
+# PYTHON: of this checkout. LEASE_PYTHON: an interpreter with the GPU machine's versions, for whose Triton kernels are compiled.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=${PYTHON:?} wheels=.lease/wheels
+
+rm -rf .lease
+mkdir -p "$wheels"
+git ls-files -z -- configs kernels scripts src tests pyproject.toml | xargs -0 sha256sum >.lease/files.sha256
+[[ -z $(git status --porcelain -- ':!results') ]] || { echo "commit first: a lease notes the commit it measured" >&2; exit 1; }
+git rev-parse HEAD >.lease/commit
+pip() { "$python" -m pip --disable-pip-version-check "$@" --quiet --no-deps -c constraints.txt; }
+pip wheel -w "$wheels" antlr4-python3-runtime # published as source only
+pip download -d "$wheels" --only-binary=:all: hydra-core omegaconf
+[[ -z ${1-} ]] || cp "$1" .lease/images.tar.xz
+"${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py profile=lease out=.lease/kernels
+du -sh .lease

@@ -1,0 +1,45 @@
+"""Which device this is, and its two ceilings: a copy in memory and a product of bf16 matrices.
+
+python scripts/device.py out=FILE.json                 a CUDA device
+python scripts/device.py out=FILE.json device=cpu      no ceilings, to see that it runs
+
+copy_gib_per_s: bytes read plus bytes written, 2 GiB each. product_tflops: 8192 rows and columns. Medians of single runs between events.
+kernel_cache: what ACTPRESS_KERNELS says of Triton's cache.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from statistics import median
+
+import torch
+from triton.testing import do_bench
+
+from actpress import arguments, cli, record, settings
+from actpress.run import bad_input
+
+QUERY = ("nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader")
+
+
+def main(given: list[str]) -> int:
+    with bad_input():
+        options = arguments.read(given, {"out": "device.json", "device": "cuda"})
+        device = settings.device(options["device"])
+    found = dict.fromkeys(("driver", "copy_gib_per_s", "product_tflops"))
+    found |= {"environment": record.environment(device), "kernel_cache": os.environ.get("ACTPRESS_KERNELS")}
+    if shutil.which(QUERY[0]):
+        found["driver"] = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    if device.type == "cuda":
+        x = torch.randint(256, (2**31,), dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
+        a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+        seconds = [median(do_bench(call, return_mode="all")) / 1000 for call in (lambda: y.copy_(x), lambda: a @ b)]
+        found |= {"copy_gib_per_s": 4 / seconds[0], "product_tflops": 2 * 8192**3 / 1e12 / seconds[1]}
+    record.write(options["out"], found)
+    print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(lambda: main(sys.argv[1:])))

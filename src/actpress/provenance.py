@@ -1,0 +1,28 @@
+"""Which commit a result was measured from."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def source() -> dict[str, Any]:
+    """commit: of the checkout this file is part of. dirty: files other than results differ from it.
+
+    A copy without git is of the commit that ACTPRESS_COMMIT names, by the word of whoever set it; without that both are None.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", here.name) != here.name:
+        commit = os.environ.get("ACTPRESS_COMMIT") or None
+        return {"commit": commit, "dirty": None if commit is None else False}
+    changes = _git(here.parent, "status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
+    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None without git or outside of a checkout."""
+    try:
+        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
