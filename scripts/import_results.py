@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import kernel_report
@@ -21,27 +22,33 @@ from actpress.battery import slug
 from actpress.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMBER = re.compile(r"(?:runs/)?[\w.+-]+\.(?:jsonl?|csv|md|png)|logs/[\w.+-]+\.log")
-MOST = 256 * 2**20  # bytes of what is in an archive
 PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+([\w.+@-]+)")
 
 
 def main(given: list[str]) -> int:
-    with bad_input():
+    with bad_input(), tempfile.TemporaryDirectory() as scratch:
         if not given or "=" in given[0]:
             words = " ".join(given)
             raise ValueError(f"arguments {words!r}, allowed: the path of an archive, then replace=true, results=DIR")
         options = arguments.read(given[1:], {"replace": False, "results": str(ROOT / "results")})
         results = Path(options["results"]).resolve()
-        members = read(Path(given[0]))
-        here = json.loads(members["identity.json"])["environment"]
+        try:
+            with tarfile.open(given[0]) as archive:
+                archive.extractall(scratch, filter="data")  # refuses what would land elsewhere
+            here = json.loads(Path(scratch, "identity.json").read_text())["environment"]
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise ValueError(f"{given[0]} is no archive of a battery ({error}); nothing was imported") from error
         folder = results / "battery" / slug(f"{here['device']} {here['date'][:16]}")
-        files = {(results if name.startswith("runs/") else folder) / name: text for name, text in members.items()}
-        for path, text in files.items():
-            if path.parent.name == "runs" and path.exists() and path.read_text() != text and not options["replace"]:
+        files = {}
+        for path in (path for path in Path(scratch).rglob("*.*") if path.suffix in (".json", ".jsonl", ".csv", ".log")):
+            name, text = path.relative_to(scratch), PATH.sub(r"\1", path.read_text(errors="replace"))
+            target = (results if name.parent.name == "runs" else folder) / name
+            kept = target.parent == results / "runs" and target.exists() and not options["replace"]
+            if kept and target.read_text() != text:
                 raise ValueError(
-                    f"{path.name} differs from the record that is there; nothing was imported, replace=true takes it"
+                    f"{name} differs from the record that is there, replace=true takes it; nothing was imported"
                 )
+            files[target] = text
     for path, text in files.items():
         with record.replacing(path) as file:
             file.write(text.encode())
@@ -51,24 +58,6 @@ def main(given: list[str]) -> int:
     print(f"{len(files)} files; the page is {folder}.md", flush=True)
     subprocess.run(["git", "-C", str(results), "status", "--short", "."], stderr=subprocess.DEVNULL, check=False)
     return 0
-
-
-def read(path: Path) -> dict[str, str]:
-    """Name -> text of the members to import. Raises ValueError for an archive that no battery packed."""
-    found, size = {}, 0
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                size += member.size
-                if not (member.isreg() and MEMBER.fullmatch(member.name)) or size > MOST:
-                    raise ValueError(f"{path} holds {member.name!r}, which no battery packs; nothing was imported")
-                if not member.name.endswith((".md", ".png")):
-                    found[member.name] = PATH.sub(r"\1", archive.extractfile(member).read().decode(errors="replace"))
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"{path} cannot be read as a battery's archive ({error})") from error
-    if "identity.json" not in found or "units.json" not in found:
-        raise ValueError(f"{path} has no identity.json or no units.json: not a battery's archive")
-    return found
 
 
 if __name__ == "__main__":

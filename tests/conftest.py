@@ -1,9 +1,11 @@
 """What every test shares: seeds, a bound on threads, the paths of the repository and of real data."""
 
+import importlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; `make test-gpu` sets it to 0
 
@@ -70,3 +72,10 @@ def cifar_root() -> Path:
     if missing:
         pytest.fail(f"ACTPRESS_DATA={value!r} has no folder {' or '.join(missing)}; it must hold train and test")
     return root
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of scripts/, by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module

@@ -1,6 +1,5 @@
 """Training steps measured side by side, and the search for the largest batch."""
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,6 @@ from actpress.run import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = workload.Setting("resnet20", 2, 16, 10, "fp32", channels_last=False, device="cpu", steps=4)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A module of scripts/, by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module
 
 
 def test_every_method_gets_a_row_beside_stock():

@@ -10,13 +10,14 @@ tell it.
 """
 
 import gc
-import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -76,24 +77,14 @@ class Setting:
         return cli.compose(overrides.split(), configs)
 
 
-class OneBatch:
-    """A training set of one batch (x_NCHW, y_N), handed out `steps` times; no test set. See engine.Data."""
-
-    def __init__(self, x: Tensor, y: Tensor, steps: int, num_classes: int):
-        self._batch, self._steps, self.num_classes = (x, y), steps, num_classes
-        self.train, self.test = self, ()
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return itertools.repeat(self._batch, self._steps)
-
-    def __len__(self) -> int:
-        return self._steps
+class Batches(list[tuple[Tensor, Tensor]]):
+    """A training set, see engine.Data: the same batches (x_NCHW, y_N) in every epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """The batch is the same in every epoch."""
+        pass
 
 
-def _checkpoint(model: nn.Module) -> None:
+def _checkpoint(model: nn.Module) -> AbstractContextManager:
     """Every block of the network keeps its input alone and is computed again. A block: a member of nn.Sequential that has members."""
     inside: set[nn.Module] = set()
     blocks = set()
@@ -105,32 +96,18 @@ def _checkpoint(model: nn.Module) -> None:
     if not blocks:
         raise ValueError("no block to compute again")
     apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+    return nullcontext()
 
 
-@contextmanager
-def _partitioner_budget(share: float) -> Iterator[None]:
+def _compile_budget(share: float, model: nn.Module) -> AbstractContextManager:
     """torch.compile keeps about this share of what it would keep, and computes the rest again."""
     import torch._functorch.config as functorch
 
-    with functorch.patch(activation_memory_budget=share):
-        yield
+    return functorch.patch(activation_memory_budget=share)
 
 
-@dataclass(frozen=True)
-class Rival:
-    """What PyTorch itself offers against memory, as a row beside the methods. change: what is done to the model. during: in which context
-    steps run. compiled: only under torch.compile."""
-
-    change: Callable[[nn.Module], None] = lambda model: None
-    during: Callable[[], AbstractContextManager] = nullcontext
-    compiled: bool = False
-
-
-RIVALS = {
-    "checkpointing": Rival(_checkpoint),
-    "compile budget 0.5": Rival(during=lambda: _partitioner_budget(0.5), compiled=True),
-    "compile budget 0.1": Rival(during=lambda: _partitioner_budget(0.1), compiled=True),
-}
+# What PyTorch itself offers against memory, as a row beside the methods: function of the model -> context in which steps run.
+RIVALS = {"checkpointing": _checkpoint} | {f"compile budget {x}": partial(_compile_budget, x) for x in (0.5, 0.1)}
 
 
 def check(names: Sequence[str], configs: Path) -> None:
@@ -162,12 +139,12 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     status, message = "predicted" if setting.predict else "ok", None
     try:
-        if rival and (setting.predict or (rival.compiled and not setting.compile)):
+        if rival and (setting.predict or ("compile" in name and not setting.compile)):
             raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
         if setting.predict:
             numbers["predicted_bytes"] = _predicted(setting, cfg)
         else:
-            with precision_of_products(setting.precision), (rival or Rival()).during():
+            with precision_of_products(setting.precision):
                 _run(setting, cfg, device, rival, numbers)
             if setting.memory and (numbers["peak_bytes"] or 0) > setting.memory:  # on CUDA the allocator refuses first
                 raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {setting.memory}")
@@ -209,7 +186,9 @@ def _predicted(setting: Setting, cfg: DictConfig) -> int:
     return tables.memory(model, method, setting.batch, setting.image_size, cfg.runtime.precision)["saved_bytes"]
 
 
-def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival | None, numbers: dict[str, Any]) -> None:
+def _run(
+    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None, numbers: dict[str, Any]
+) -> None:
     """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
@@ -220,20 +199,21 @@ def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival |
         model = hydra.utils.instantiate(cfg.model)
     try:
         swap.apply(model, hydra.utils.instantiate(cfg.method))
-        (rival or Rival()).change(model)
+        during = rival(model) if rival else nullcontext()
     except ValueError as error:
         raise NotApplicable(str(error).partition("; it has")[0]) from error
     x = torch.rand(setting.batch, 3, setting.image_size, setting.image_size, device=device)
     y = torch.randint(setting.num_classes, (setting.batch,), device=device)
-    trainer = engine.Trainer(cfg, model, OneBatch(x, y, 1, setting.num_classes), device)
-    begin = time.perf_counter()
-    if setting.compile:  # the first step compiles; the loop's own measuring starts after it
-        trainer.train_step(x, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2) if setting.compile else None
-    trainer.data = OneBatch(x, y, setting.steps, setting.num_classes)
-    trainer.train_epoch(lambda step, values: None)
+    data = SimpleNamespace(train=Batches([(x, y)]), test=(), num_classes=setting.num_classes)
+    trainer, begin = engine.Trainer(cfg, model, data, device), time.perf_counter()
+    with during:
+        if setting.compile:  # the first step compiles; the loop's own measuring starts after it
+            trainer.train_step(x, y)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2)
+        data.train *= setting.steps
+        trainer.train_epoch(lambda step, values: None)
     measured = trainer.metrics()
     names = ("peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
     numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})
