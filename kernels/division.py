@@ -26,10 +26,10 @@ align="authors": the official floor mode. Whole blocks only, so the pixels past 
 resizing spreads the means over the map, which misplaces them when k does not divide the size.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ from . import division_tiles, division_triton, launch
 from .bits import pack, packed_bytes, unpack
 from .division_plan import DECODE_CONFIGS, ENCODE_CONFIGS, Way, blocks, in_order, shape_of, way_of
 from .launch import triton
-from .layout import dense, dense_as, is_channels_last
+from .layout import dense_as, is_channels_last
 from .masks import unpack_mask_reference
 from .noise import Source, uniform_from, uniform_reference
 from .rounding import bf16_floor, finite, poison, saturated
@@ -186,13 +186,21 @@ def encode_triton(
     Differs in the order of sums: a mean may round to a neighbouring bf16, and lfc="auto" may choose the other way for a map whose
     errors agree to about 1e-5. Maps of the same means and the same choice have the same low, step and codes, bit for bit.
     """
-    x = dense(x)
-    code = _empty_code(x, kernel, bits, align)
+    channels_last = is_channels_last(x)
+    x = x if channels_last else x.contiguous()
     if x.numel() == 0:
-        return Code(*(t.zero_() for t in code))
-    means, low, step = (t.view(torch.int16) for t in (code.lfc, code.low, code.step))
-    inverse = torch.empty(low.shape, dtype=torch.float32, device=x.device)
-    way = _way(x, kernel, bits, align, lfc, config)
+        return Code(*(t.zero_() for t in _empty_code(x, kernel, bits, align)))
+    shape, kernel, device = tuple(x.shape), tuple(kernel), x.device
+    room = _room(shape, kernel, bits, align)
+    code = Code(
+        _empty(room.lfc, torch.bfloat16, channels_last, device),
+        torch.empty(room.codes, dtype=torch.uint8, device=device),
+        torch.empty(room.maps, dtype=torch.bfloat16, device=device),
+        torch.empty(room.maps, dtype=torch.bfloat16, device=device),
+    )
+    means, low, step = code.lfc.view(torch.int16), code.low.view(torch.int16), code.step.view(torch.int16)
+    inverse = torch.empty(room.maps, dtype=torch.float32, device=device)
+    way = way_of(shape, channels_last, x.itemsize, kernel, bits, align, lfc, *config.values())
     plan, outers = way.plan, way.outers
     options = {"num_warps": way.warps, "fp_fusion": False}
     if way.parts == 0:
@@ -249,7 +257,7 @@ def decode_triton(
     if x.numel() == 0:
         return x
     means = dense_as(code.lfc, channels_last).view(torch.int16)
-    plan, outers = shape_of(shape, is_channels_last(x), kernel, bits, align)
+    plan, outers = shape_of(tuple(shape), is_channels_last(x), tuple(kernel), bits, align)
     lanes = 16 // x.itemsize
     plan, grid = in_order(plan, outers, config["THREADS"], lanes)
     arguments = (means, code.codes, code.low.view(torch.int16), code.step.view(torch.int16), mask, x, outers)
@@ -262,13 +270,29 @@ def _way(x: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str, conf
     return way_of(tuple(x.shape), is_channels_last(x), x.itemsize, tuple(kernel), bits, align, lfc, *config.values())
 
 
+class _Room(NamedTuple):
+    """What a Code takes: shapes of the means and of low and step, bytes of codes."""
+
+    lfc: tuple[int, int, int, int]
+    codes: int
+    maps: tuple[int, int, int, int]
+
+
+def _room_of(shape: Sequence[int], kernel: Sequence[int], bits: int, align: str) -> _Room:
+    n, c, h, w = shape
+    means = (n, c, blocks(h, kernel[0], align), blocks(w, kernel[1], align))
+    return _Room(means, packed_bytes(math.prod(shape), bits), (n, c, 1, 1))
+
+
+_room = functools.cache(_room_of)  # not of symbolic sizes
+
+
 def _empty_code(x: Tensor, kernel: Sequence[int], bits: int, align: str) -> Code:
-    n, c, h, w = x.shape
-    grid = blocks(h, kernel[0], align), blocks(w, kernel[1], align)
+    room = _room_of(x.shape, kernel, bits, align)
     return Code(
-        _empty((n, c, *grid), torch.bfloat16, is_channels_last(x), x.device),
-        x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8),
-        *(x.new_empty((n, c, 1, 1), dtype=torch.bfloat16) for _ in range(2)),
+        _empty(room.lfc, torch.bfloat16, is_channels_last(x), x.device),
+        x.new_empty(room.codes, dtype=torch.uint8),
+        *(x.new_empty(room.maps, dtype=torch.bfloat16) for _ in range(2)),
     )
 
 
@@ -327,16 +351,17 @@ def _(
     return _empty(shape, dtype, channels_last, codes.device)
 
 
-@_decode.register_kernel("cuda")
-def _(lfc: Tensor, codes: Tensor, low: Tensor, step: Tensor, shape: Sequence[int], dtype: torch.dtype, *rest) -> Tensor:
-    decoder = decode_reference if dtype == torch.float64 else decode_triton
-    return decoder(Code(lfc, codes, low, step), torch.Size(shape), dtype, *rest)
+launch.on_cuda(
+    _decode,
+    lambda lfc, codes, low, step, *how: decode_triton(Code(lfc, codes, low, step), *how),
+    lambda lfc, codes, low, step, shape, dtype, *_: dtype != torch.float64,
+)
 
 
 def encode(x: Tensor, source: Source, kernel: Sequence[int], bits: int, align: str, lfc: str) -> Code:
     """x [N, C, H, W] of any strides and floating dtype -> Code, with noise from `source`. kernel: rows and columns of a block."""
     if launch.on_gpu(x):
-        return Code(*_encode(x, source.seed_for(x), kernel, bits, align, lfc, is_channels_last(x)))
+        return Code(*launch.way(_encode, x)(x, source.seed_for(x), kernel, bits, align, lfc, is_channels_last(x)))
     return encode_reference(x, source.uniform_like(x), kernel, bits, align, lfc)
 
 
@@ -352,7 +377,7 @@ def decode(
 ) -> Tensor:
     """The inverse: x~ of `shape` and `dtype`, in channels_last or row-major order; zero where the packed mask, if any, is 0."""
     if launch.on_gpu(code.codes) and dtype != torch.float64:
-        return _decode(*code, shape, dtype, channels_last, kernel, bits, align, mask)
+        return launch.way(_decode, code.codes)(*code, shape, dtype, channels_last, kernel, bits, align, mask)
     return decode_reference(code, shape, dtype, channels_last, kernel, bits, align, mask)
 
 
@@ -433,9 +458,9 @@ def cases() -> list[launch.Case]:
     return [
         launch.Case(
             f"division_{operation}_{kind}",
-            partial(inputs, shape, channels_last, how),
+            functools.partial(inputs, shape, channels_last, how),
             *rest,
-            tiny=partial(inputs, tiny, channels_last, how),
+            tiny=functools.partial(inputs, tiny, channels_last, how),
             notes=notes.get(kind, "") if operation == "encode" else "",
         )
         for kind, (shape, tiny, channels_last, *how) in kinds.items()

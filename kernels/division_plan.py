@@ -3,7 +3,6 @@ a measurement."""
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -112,8 +111,9 @@ class Way(NamedTuple):
     parts: int  # of a map; 0: one kernel does everything but, unless plan.codes, the codes
 
 
+@functools.cache
 def shape_of(
-    shape: Sequence[int], channels_last: bool, kernel: Sequence[int], bits: int, align: str
+    shape: tuple[int, ...], channels_last: bool, kernel: tuple[int, int], bits: int, align: str
 ) -> tuple[Plan, int]:
     """Maps and blocks as kernels see them, without shares, and the number of outers. Raises ValueError where no block fits in a map."""
     n, c, h, w = shape
@@ -172,6 +172,7 @@ def way_of(
     return Way(cut, outers, programs, 2 * num_warps, parts)
 
 
+@functools.cache
 def in_order(plan: Plan, outers: int, threads: int, lanes: int) -> tuple[Plan, tuple[int]]:
     """For kernels that go over memory in order, `lanes` elements a thread: the plan and the grid."""
     chunk, item = threads * lanes, plan.pixels * plan.channels

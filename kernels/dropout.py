@@ -168,7 +168,7 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
 
 def dropout_backward(dy: Tensor, packed: Tensor, p: float, channels_last: bool) -> Tensor:
     """dy of any strides, the packed mask and whether it lies in channels_last order -> dx = dy * mask / (1 - p)."""
-    run = _dropout_backward if launch.on_gpu(dy) else dropout_backward_reference
+    run = launch.way(_dropout_backward, dy) if launch.on_gpu(dy) else dropout_backward_reference
     return run(dy, packed, p, channels_last)
 
 

@@ -24,7 +24,7 @@ from .bits import packed_bytes
 from .compare import DTYPES, least_not_below
 from .few_bit_tables import TABLES
 from .inverted import STOCK, activation
-from .launch import tl, triton
+from .launch import cdiv, tl, triton
 from .layout import dense, dense_as, is_channels_last
 from .masks import pack_mask_reference, unpack_mask_reference
 
@@ -207,7 +207,7 @@ def _input_grad_kernel(
 
 
 def _grid(x: Tensor, config: launch.Config) -> tuple[int]:
-    return (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
+    return (cdiv(x.numel(), 8 * config["GROUPS"]),)
 
 
 def _new_code(x: Tensor, bits: int) -> Tensor:
@@ -290,24 +290,21 @@ def encode(x: Tensor, function: str, bits: int) -> Tensor:
     """x of any shape, strides and floating dtype -> its code, uint8 [code_bytes], in the order of dense(x): channels_last where x
     is."""
     if launch.on_gpu(x):
-        return _encode(x, function, bits, is_channels_last(x))
+        return launch.way(_encode, x)(x, function, bits, is_channels_last(x))
     return encode_reference(dense(x), function, bits)[0]
 
 
 def forward(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
     """(function(x), encode(x)) from one read of x. On a GPU y may differ from stock's, see inverted.forward_triton."""
-    return (
-        _forward(x, function, bits, is_channels_last(x)) if launch.on_gpu(x) else forward_reference(x, function, bits)
-    )
+    if launch.on_gpu(x):
+        return launch.way(_forward, x)(x, function, bits, is_channels_last(x))
+    return forward_reference(x, function, bits)
 
 
 def input_grad(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
     """dx = dy * levels[code]: dy of any strides and floating dtype, the code and whether it lies in channels_last order."""
-    return (
-        _input_grad(dy, code, function, bits, channels_last)
-        if launch.on_gpu(dy)
-        else input_grad_reference(dy, code, function, bits, channels_last)
-    )
+    run = launch.way(_input_grad, dy) if launch.on_gpu(dy) else input_grad_reference
+    return run(dy, code, function, bits, channels_last)
 
 
 def cases() -> list[launch.Case]:

@@ -25,7 +25,7 @@ from . import launch
 from .bits import pack8, packed_bytes, unpack8
 from .compare import DTYPES, least_not_below
 from .inverted_coefficients import COEFFICIENTS
-from .launch import tl, triton
+from .launch import cdiv, tl, triton
 from .layout import dense, dense_as, is_channels_last
 from .masks import pack_mask_reference, unpack_mask_reference
 
@@ -312,7 +312,7 @@ def _input_grad_kernel(dy_ptr, y_ptr, packed_ptr, dx_ptr, count, K: tl.constexpr
 
 
 def _grid(x: Tensor, config: launch.Config) -> tuple[int]:
-    return (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
+    return (cdiv(x.numel(), 8 * config["GROUPS"]),)
 
 
 def left_bits_triton(x: Tensor, function: str, config: launch.Config = CONFIGS[0]) -> Tensor:
@@ -396,22 +396,23 @@ launch.on_cuda(_input_grad, input_grad_triton)
 def left_bits(x: Tensor, function: str) -> Tensor:
     """x of any shape, strides and floating dtype -> is it left of the minimum of `function`? One bit per element, uint8 [ceil(numel / 8)],
     in the order of dense(x): channels_last where x is."""
-    return _left_bits(x, function, is_channels_last(x)) if launch.on_gpu(x) else left_bits_reference(x, function)
+    if launch.on_gpu(x):
+        return launch.way(_left_bits, x)(x, function, is_channels_last(x))
+    return left_bits_reference(x, function)
 
 
 def forward(x: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """(function(x), left_bits(x)) from one read of x. On a GPU y may differ from stock's, see `forward_triton`."""
-    return _forward(x, function, is_channels_last(x)) if launch.on_gpu(x) else forward_reference(x, function)
+    if launch.on_gpu(x):
+        return launch.way(_forward, x)(x, function, is_channels_last(x))
+    return forward_reference(x, function)
 
 
 def input_grad(dy: Tensor, y: Tensor, packed: Tensor, function: str, channels_last: bool) -> Tensor:
     """dx = dy * d(y, bit), in dy's dtype. dy, y: any strides and floating dtypes, of which both or neither fp64; packed: what `left_bits`
     found, and whether it lies in channels_last order."""
-    return (
-        _input_grad(dy, y, packed, function, channels_last)
-        if launch.on_gpu(dy)
-        else input_grad_from_bits_reference(dy, y, packed, function, channels_last)
-    )
+    run = launch.way(_input_grad, dy) if launch.on_gpu(dy) else input_grad_from_bits_reference
+    return run(dy, y, packed, function, channels_last)
 
 
 def cases() -> list[launch.Case]:

@@ -112,12 +112,12 @@ def _relu_backward_kernel(dy_ptr, packed_ptr, dx_ptr, count, GROUPS: tl.constexp
 
 def grid_of(x: Tensor, config: launch.Config) -> tuple[int]:
     """One program for each `tile` of x."""
-    return (triton.cdiv(x.numel(), 8 * config["GROUPS"]),)
+    return (-(-x.numel() // (8 * config["GROUPS"])),)
 
 
 def empty_packed(x: Tensor) -> Tensor:
     """Room for the packed mask of x."""
-    return x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
+    return torch.empty(packed_bytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
 
 
 def _empty_mask(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
@@ -234,30 +234,35 @@ launch.on_cuda(_relu_backward, relu_backward_triton)
 
 def pack_mask(mask: Tensor) -> Tensor:
     """bool of any shape and strides -> uint8 [ceil(numel / 8)], in memory order if channels_last, row-major otherwise."""
-    return _pack_mask(mask, is_channels_last(mask)) if launch.on_gpu(mask) else pack_mask_reference(mask)
+    if launch.on_gpu(mask):
+        return launch.way(_pack_mask, mask)(mask, is_channels_last(mask))
+    return pack_mask_reference(mask)
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     """The inverse of pack_mask: bool of `shape`, channels_last or contiguous."""
-    run = _unpack_mask if launch.on_gpu(packed) else unpack_mask_reference
+    run = launch.way(_unpack_mask, packed) if launch.on_gpu(packed) else unpack_mask_reference
     return run(packed, shape, channels_last)
 
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """x of any shape, strides and floating dtype -> (relu(x), its mask, uint8 [ceil(numel / 8)], in y's memory order)."""
-    return _relu(x, is_channels_last(x)) if launch.on_gpu(x) else relu_reference(x)
+    return launch.way(_relu, x)(x, is_channels_last(x)) if launch.on_gpu(x) else relu_reference(x)
 
 
 def relu_(x: Tensor) -> Tensor:
     """x of any shape, strides and floating dtype becomes relu(x); returns its mask, uint8 [ceil(numel / 8)], in x's memory order if
     x is channels_last, row-major otherwise."""
-    run = _relu_inplace if launch.on_gpu(x) else relu_inplace_reference
-    return run(x, is_channels_last(x))
+    run = launch.way(_relu_inplace, x) if launch.on_gpu(x) else relu_inplace_reference
+    packed = run(x, is_channels_last(x))
+    if run is relu_inplace_triton and not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # as an operation that changes x does
+    return packed
 
 
 def relu_backward(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
     """dy of any strides, the packed mask and whether it lies in channels_last order -> dx."""
-    run = _relu_backward if launch.on_gpu(dy) else relu_backward_reference
+    run = launch.way(_relu_backward, dy) if launch.on_gpu(dy) else relu_backward_reference
     return run(dy, packed, channels_last)
 
 

@@ -130,7 +130,7 @@ def max_pool2d(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tens
     windows of more than 256 elements. Raises what F.max_pool2d raises.
     """
     if launch.on_gpu(x):
-        return _max_pool2d(x, _geometry(window), ceil_mode, is_channels_last(x))
+        return launch.way(_max_pool2d, x)(x, _geometry(window), ceil_mode, is_channels_last(x))
     return max_pool2d_reference(x, window, ceil_mode)
 
 
@@ -139,7 +139,7 @@ def max_pool2d_backward(
 ) -> Tensor:
     """dy [N, C, h, w] of any strides and the offsets of the forward pass -> dx of `input_shape`, channels_last or contiguous."""
     if launch.on_gpu(dy):
-        return _max_pool2d_backward(dy, offset, input_shape, _geometry(window), channels_last)
+        return launch.way(_max_pool2d_backward, dy)(dy, offset, input_shape, _geometry(window), channels_last)
     return max_pool2d_backward_reference(dy, offset, input_shape, window, channels_last)
 
 

@@ -7,6 +7,7 @@ Forward, an element is a window, which runs through its taps. Backward, an eleme
 and takes dy of those whose offset points at it; a program does so for as many rows of pixels as the stride has, one after the other.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import launch
-from .launch import tl, triton
+from .launch import cdiv, next_power_of_2, tl, triton
 from .layout import dense, dense_as, is_channels_last
 
 
@@ -174,7 +175,7 @@ class _Tiling(NamedTuple):
     def programs(self) -> int:
         rows, cells, _, channels = self.tile
         sizes = (self.maps * self.height, rows), (self.width, cells), (self.channels, channels)
-        return math.prod(triton.cdiv(length, piece) for length, piece in sizes)
+        return math.prod(cdiv(length, piece) for length, piece in sizes)
 
 
 def _forward_tiling(x: Tensor, height: int, width: int, config: launch.Config) -> _Tiling:
@@ -187,7 +188,7 @@ def _backward_tiling(
 ) -> _Tiling:
     """Of the pixels: a row of cells is `stride` rows of them; a cell `stride` columns where those are few, otherwise one."""
     phases = window.stride[1] if window.stride[1] <= 8 else 1
-    height, width = triton.cdiv(shape[-2], window.stride[0]), triton.cdiv(shape[-1], phases)
+    height, width = cdiv(shape[-2], window.stride[0]), cdiv(shape[-1], phases)
     return _cut(shape, height, width, phases, channels_last, itemsize, config["BLOCK"])
 
 
@@ -198,8 +199,8 @@ def _cut(
     channels = shape[1] if channels_last else 1
     piece = min(channels, 64 // itemsize)
     room = block // (phases * piece)
-    most = triton.next_power_of_2(math.isqrt(room)) if channels_last else room
-    cells = triton.cdiv(width, triton.cdiv(width, most))  # pieces of one size, as far as they go
+    most = next_power_of_2(math.isqrt(room)) if channels_last else room
+    cells = cdiv(width, cdiv(width, most))  # pieces of one size, as far as they go
     return _Tiling(math.prod(shape[:-2]) // channels, height, width, channels, (room // cells, cells, phases, piece))
 
 
@@ -234,7 +235,7 @@ def max_pool2d_triton(
 ) -> tuple[Tensor, Tensor]:
     """`max_pool2d_reference` in one pass; equal bit for bit."""
     x = dense(x)
-    y, offset = empty_outputs(x, window, ceil_mode)
+    y, offset = _outputs(x, _shape(tuple(x.shape), window, ceil_mode), window)
     tiling, steps = _forward_tiling(x, *y.shape[-2:], config), math.prod(window.kernel)
     _launch(_max_pool2d_kernel, (x, y, offset), tiling, x.shape[-2:], y.shape[-2:], window, steps, **config)
     return y, offset
@@ -276,7 +277,17 @@ def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
 
 def empty_outputs(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]:
     """(y, offset) of the shape that PyTorch gives them; what it refuses is refused here, in its words."""
-    shape = F.max_pool2d(torch.empty(x.shape, device="meta"), *window, ceil_mode).shape
+    return _outputs(x, _shape_of(x.shape, window, ceil_mode), window)
+
+
+def _shape_of(shape: Sequence[int], window: Window, ceil_mode: bool) -> torch.Size:
+    return F.max_pool2d(torch.empty(shape, device="meta"), *window, ceil_mode).shape
+
+
+_shape = functools.cache(_shape_of)  # not of symbolic sizes
+
+
+def _outputs(x: Tensor, shape: torch.Size, window: Window) -> tuple[Tensor, Tensor]:
     y = empty(shape, x, is_channels_last(x))
     return y, torch.empty_like(y, dtype=offset_dtype(window))
 

@@ -179,7 +179,7 @@ def conv2d_weight_grad(
     align: str,
 ) -> Tensor:
     """dW [O, I / groups, kh, kw] in dy's dtype against x~ of `size` (H, W), from block means and dy of any strides."""
-    run = _conv2d_weight_grad if launch.on_gpu(dy_NOPQ) else conv2d_weight_grad_composed
+    run = launch.way(_conv2d_weight_grad, dy_NOPQ) if launch.on_gpu(dy_NOPQ) else conv2d_weight_grad_composed
     return run(pooled_NIhw, dy_NOPQ, size, weight_shape, stride, padding, dilation, groups, block, align)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import tl, triton
+from .launch import cdiv, next_power_of_2, tl, triton
 from .pooling import blocks_met
 
 # LANES: outputs of one tap per program. CHANNELS: of them, neighbouring channels in the order "channels".
@@ -77,11 +77,11 @@ def axis_of(
     distinct = list(dict.fromkeys(met))
     offsets = tuple(dilation * met.index(blocks) - padding for blocks in distinct)
     block = min(block, length)
-    shift, count = (length % block, length // block) if align == "authors" else (0, triton.cdiv(length, block))
+    shift, count = (length % block, length // block) if align == "authors" else (0, cdiv(length, block))
     if spread:  # from the block of the first tap
         read, written, up, down, span, least = count, outputs, stride, block, 1, min(offsets) - shift
     else:  # from the first position that the last tap takes into the block
-        read, written, up, down, span = outputs, count, block, stride, triton.cdiv(block, stride)
+        read, written, up, down, span = outputs, count, block, stride, cdiv(block, stride)
         least = shift - max(offsets) + stride - 1
     bias = max(0, -(least // down))  # the dividend must not become negative: kernels round quotients to zero
     start = least + bias * down
@@ -261,11 +261,11 @@ def tile_of(rows: Axis, columns: Axis, channels: int, order: str, config: launch
     """Samples, rows, columns and channels of one program's output."""
     lanes = config["LANES"] if order == "channels" or unrolled(rows, columns) else 32 * config["num_warps"]
     if order == "channels":  # squares, whose windows overlap least, of channels that fill a sector of memory
-        inner, height, width = min(config["CHANNELS"], triton.next_power_of_2(channels)), 8, 8
+        inner, height, width = min(config["CHANNELS"], next_power_of_2(channels)), 8, 8
     else:  # long rows for a warp to read
         inner, height, width = 1, lanes, 32
-    width = min(width, triton.next_power_of_2(columns.written))
-    height = min(height, triton.next_power_of_2(rows.written), lanes // (inner * width))
+    width = min(width, next_power_of_2(columns.written))
+    height = min(height, next_power_of_2(rows.written), lanes // (inner * width))
     return {"SAMPLES": lanes // (inner * width * height), "ROWS": height, "COLUMNS": width, "CHANNELS": inner}
 
 
@@ -281,7 +281,7 @@ def met_triton(
     tiles = zip((n, rows.written, columns.written, channels), tile.values(), strict=True)
     launch.run(
         _taps_kernel,
-        (prod(triton.cdiv(length, side) for length, side in tiles),),
+        (prod(cdiv(length, side) for length, side in tiles),),
         x_NCrq,
         y,
         n,

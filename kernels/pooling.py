@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import launch
-from .launch import tl, triton
+from .launch import cdiv, next_power_of_2, tl, triton
 from .layout import dense, is_channels_last
 
 ALIGN = ("ceil", "authors")
@@ -197,12 +197,12 @@ def pool_triton(x_NCHW: Tensor, block: int, align: str, config: launch.Config = 
         return y
     rows, columns = (min(block, size) for size in x.shape[2:])
     inner = x.shape[1] if is_channels_last(x) else 1
-    side = triton.next_power_of_2(columns) if inner == 1 else 1
+    side = next_power_of_2(columns) if inner == 1 else 1
     cells = columns if side == 1 else 1
     elements = max(config["ELEMENTS"], side)
     launch.run(
         _pool_kernel,
-        (triton.cdiv(y.numel() * side, elements),),
+        (cdiv(y.numel() * side, elements),),
         x,
         y,
         y.numel(),
@@ -225,7 +225,7 @@ def pool_triton(x_NCHW: Tensor, block: int, align: str, config: launch.Config = 
 def _pooled_like(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """Empty block means of x, in its memory format."""
     sides = [(length, max(min(block, length), 1)) for length in x_NCHW.shape[2:]]
-    sizes = [length // side if align == "authors" else triton.cdiv(length, side) for length, side in sides]
+    sizes = [length // side if align == "authors" else cdiv(length, side) for length, side in sides]
     memory_format = torch.channels_last if is_channels_last(x_NCHW) else torch.contiguous_format
     shape = (*x_NCHW.shape[:2], *sizes)
     return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format)
@@ -246,7 +246,8 @@ launch.on_cuda(_pool, pool_triton)
 
 def pool(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """x [N, C, H, W] of any floating dtype and strides -> block means [N, C, h, w] in its dtype and memory format."""
-    return _pool(x_NCHW, block, align) if launch.on_gpu(x_NCHW) else pool_reference(x_NCHW, block, align)
+    run = launch.way(_pool, x_NCHW) if launch.on_gpu(x_NCHW) else pool_reference
+    return run(x_NCHW, block, align)
 
 
 def pool_max(x_NCHW: Tensor, block: int, align: str) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import tl, triton
+from .launch import cdiv, next_power_of_2, tl, triton
 from .pruning import Blocks, Grid, block_grid, compute_dtype, weight_grad_reference
 from .pruning_triton import matrix, options_of, random_blocks, row_offset, slot_map
 
@@ -160,12 +160,12 @@ class _Plan(NamedTuple):
 
 
 def _plan(grid: Grid, outputs: int, config: launch.Config) -> _Plan:
-    w = min(max(8, triton.next_power_of_2(grid.width)), config["COLUMNS"])  # narrower operands do not compile for sm_90
-    group = min(max(1, config["GROUPED"] // w), triton.next_power_of_2(grid.across))
-    groups, tiles = triton.cdiv(grid.across, group), triton.cdiv(grid.width, w)
-    programs = max(1, groups * tiles * triton.cdiv(outputs, config["OUTPUTS"]))
-    segment = triton.cdiv(grid.down, max(1, config["PROGRAMS"] // programs))
-    return _Plan(w, group, groups, tiles, segment, triton.cdiv(grid.down, segment))
+    w = min(max(8, next_power_of_2(grid.width)), config["COLUMNS"])  # narrower operands do not compile for sm_90
+    group = min(max(1, config["GROUPED"] // w), next_power_of_2(grid.across))
+    groups, tiles = cdiv(grid.across, group), cdiv(grid.width, w)
+    programs = max(1, groups * tiles * cdiv(outputs, config["OUTPUTS"]))
+    segment = cdiv(grid.down, max(1, config["PROGRAMS"] // programs))
+    return _Plan(w, group, groups, tiles, segment, cdiv(grid.down, segment))
 
 
 def _exact(dtype: torch.dtype) -> bool:
@@ -198,7 +198,7 @@ def weight_grad_triton(
     visited = index.new_empty(segments, groups, segment)
     slots = index.new_empty(segments, groups, segment, group)
     counts = index.new_empty(segments, groups)
-    chunk = max(16, min(2048 // group, triton.next_power_of_2(segment)))
+    chunk = max(16, min(2048 // group, next_power_of_2(segment)))
     launch.run(
         _lists_kernel,
         (groups, segments),
@@ -211,7 +211,7 @@ def weight_grad_triton(
     dw = dy.new_empty(segments, outputs, columns, dtype=torch.float32)
     launch.run(
         _weight_grad_kernel,
-        (groups * tiles, triton.cdiv(outputs, config["OUTPUTS"]), segments),
+        (groups * tiles, cdiv(outputs, config["OUTPUTS"]), segments),
         *(
             values.contiguous(),
             visited,
@@ -259,7 +259,7 @@ launch.on_cuda(_weight_grad, weight_grad_triton)
 def weight_grad(blocks: Blocks, dy: Tensor, grid: Grid) -> Tensor:
     """dW = dY^T x~ [O, C] from the kept blocks and dy [..., O] of any strides. fp32 sums and result, fp64 for fp64."""
     if launch.on_gpu(blocks.values):
-        return _weight_grad(*blocks, dy, grid.columns)
+        return launch.way(_weight_grad, blocks.values)(*blocks, dy, grid.columns)
     return weight_grad_reference(blocks, dy.reshape(dy.shape[:-1].numel(), dy.shape[-1]), grid)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import tl, triton
+from .launch import cdiv, next_power_of_2, tl, triton
 from .pruning import (
     Blocks,
     Grid,
@@ -204,8 +204,8 @@ def _tiling(grid: Grid, tile: int, rows_contiguous: bool = False) -> dict[str, i
     along, other = (along, other) if rows_contiguous else (other, along)
 
     def fit(block: int, blocks: int, limit: int) -> tuple[int, int]:
-        piece = min(triton.next_power_of_2(block), limit)
-        return piece, min(triton.next_power_of_2(blocks), limit // piece)
+        piece = min(next_power_of_2(block), limit)
+        return piece, min(next_power_of_2(blocks), limit // piece)
 
     along = fit(*along, min(128, tile))
     other = fit(*other, tile // (along[0] * along[1]))
@@ -224,7 +224,7 @@ def block_scores_triton(x: Tensor, grid: Grid, config: launch.Config = SCORES_CO
     tiles = _tiling(grid, config["TILE"], rows_contiguous=inner == 1 and x.stride(-1) != 1)
     launch.run(
         _scores_kernel,
-        (triton.cdiv(grid.down, tiles["TH"]) * triton.cdiv(grid.across, tiles["TW"]),),
+        (cdiv(grid.down, tiles["TH"]) * cdiv(grid.across, tiles["TW"]),),
         *(x, scores, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.down, grid.across),
         TWO_LEVELS=two_levels,
         HEIGHT=grid.height,
@@ -244,12 +244,12 @@ def take_triton(
     """
     index, (x, (size, outer, inner, two_levels)) = index.contiguous(), matrix(x)
     values = x.new_empty(index.numel(), grid.height, grid.width)
-    bw = min(triton.next_power_of_2(grid.width), 128)
-    bh = min(triton.next_power_of_2(grid.height), config["TILE"] // bw)
+    bw = min(next_power_of_2(grid.width), 128)
+    bh = min(next_power_of_2(grid.height), config["TILE"] // bw)
     count = config["TILE"] // (bh * bw)
     launch.run(
         _take_kernel,
-        (triton.cdiv(index.numel(), count),),
+        (cdiv(index.numel(), count),),
         *(x, index, weight, values, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.across),
         index.numel(),
         TWO_LEVELS=two_levels,
@@ -284,7 +284,7 @@ def encode_by_kernels(
 def slot_map(index: Tensor, grid: Grid) -> Tensor:
     """Positions [K] -> the slot of each block, int32 [n], -1 where it was dropped."""
     slots = index.new_full((grid.down * grid.across,), -1)
-    programs = (triton.cdiv(index.numel(), 1024),)
+    programs = (cdiv(index.numel(), 1024),)
     launch.run(_map_kernel, programs, index.contiguous(), slots, index.numel(), BLOCK=1024, num_warps=4)
     return slots
 
@@ -303,7 +303,7 @@ def decode_triton(
     tiles = _tiling(grid, config["TILE"])
     launch.run(
         _decode_kernel,
-        (triton.cdiv(grid.down, tiles["TH"]) * triton.cdiv(grid.across, tiles["TW"]),),
+        (cdiv(grid.down, tiles["TH"]) * cdiv(grid.across, tiles["TW"]),),
         *(values.contiguous(), slot_map(index, grid), x, rows, columns, grid.down, grid.across),
         HEIGHT=grid.height,
         WIDTH=grid.width,
@@ -350,13 +350,15 @@ def encode(x: Tensor, grid: Grid, kept: int, noise: Tensor | None = None) -> Blo
     grid: block_grid(x.shape, block).
     """
     if launch.on_gpu(x):
-        return Blocks(*_encode(x, grid.height, grid.width, kept, noise))
+        return Blocks(*launch.way(_encode, x)(x, grid.height, grid.width, kept, noise))
     return encode_reference(x.reshape(grid.rows, grid.columns), grid, kept, noise)
 
 
 def decode(blocks: Blocks, grid: Grid) -> Tensor:
     """Blocks -> x~ [R, C], zero where no block is kept."""
-    return _decode(*blocks, grid.rows, grid.columns) if launch.on_gpu(blocks.values) else decode_reference(blocks, grid)
+    if launch.on_gpu(blocks.values):
+        return launch.way(_decode, blocks.values)(*blocks, grid.rows, grid.columns)
+    return decode_reference(blocks, grid)
 
 
 def _as_matrix(x: Tensor, height: int, width: int) -> tuple[Tensor, Grid]:

@@ -17,10 +17,10 @@ A group that holds a NaN or an infinity decodes to NaN throughout, as does one w
 count as constant. What decodes beyond the finite range of x's dtype, 65504 in fp16, becomes its largest number.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ from . import launch
 from . import quantize_triton as kernels
 from .bits import BITS, pack, packed_bytes, unpack
 from .groups import GROUPINGS, LARGEST, Cut, cut
-from .launch import triton
-from .layout import dense, dense_as, is_channels_last
+from .launch import cdiv, next_power_of_2
+from .layout import dense_as, is_channels_last
 from .noise import Source, uniform_from, uniform_reference
 from .rounding import bf16_ceil, bf16_floor, finite, poison, saturated
 
@@ -120,10 +120,12 @@ def encode_triton(
     One read of x where groups fit in a program; a second one for groups of more than LARGEST elements, for those that share an eight of
     elements with a neighbour of another program, and, from a cache as long as they fit, for channels in channels_last order.
     """
-    x = dense(x)
-    where = cut(x.shape, is_channels_last(x), grouping, size)
-    codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
-    code = Code(codes, *(x.new_empty(where.groups, dtype=torch.bfloat16) for _ in range(2)))
+    channels_last = is_channels_last(x)
+    x = x if channels_last else x.contiguous()
+    where, device = _cut(tuple(x.shape), channels_last, grouping, size), x.device
+    codes = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=device)
+    low, step = (torch.empty(where.groups, dtype=torch.bfloat16, device=device) for _ in range(2))
+    code = Code(codes, low, step)
     arguments = (x, seed, codes, *_as_integers(code))
     if where.size > LARGEST and where.channels == 1:
         _measure_rows(x, *_as_integers(code), where, bits, config)
@@ -131,11 +133,14 @@ def encode_triton(
     else:
         coded = (_encode_rows if where.channels == 1 else _encode_maps)(*arguments, where, bits, config)
     if not coded:
-        grid = (triton.cdiv(x.numel(), config["TILE"]),)
+        grid = (cdiv(x.numel(), config["TILE"]),)
         launch.run(
             kernels.codes_kernel, grid, *arguments, x.numel(), codes.numel(), **_over_memory(where, bits, config)
         )
     return code
+
+
+_cut = functools.cache(cut)  # not of symbolic sizes
 
 
 def _as_integers(code: Code) -> tuple[Tensor, Tensor]:
@@ -145,42 +150,42 @@ def _as_integers(code: Code) -> tuple[Tensor, Tensor]:
 
 def _encode_rows(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> bool:
     """low and step of groups of consecutive elements. Are these coded, too? That is returned."""
-    where = _merged(where)
-    sharing = _sharing(where)
-    if sharing == 8:
-        eights = triton.next_power_of_2(where.size // 8)
-        groups = max(config["TILE"] // (8 * eights), 1)
-        programs = triton.cdiv(where.per_row, groups)
-        launch.run(
-            kernels.aligned_kernel,
-            (where.rows * programs,),
-            *(x, seed, codes, low, step, programs, where.per_row, where.length),
-            SIZE=where.size,
-            BITS=bits,
-            GROUPS=groups,
-            EIGHTS=eights,
-            LANES=max(eights // _loads_a_thread(16 // x.itemsize, config), 1),
-            **_options(config, groups * eights * 8),
-        )
+    if _sharing(where := _merged(where)) == 8:
+        grid, sizes, options = _aligned(where, x.itemsize, bits, tuple(config.items()))
+        launch.run(kernels.aligned_kernel, grid, x, seed, codes, low, step, *sizes, **options)
         return True
+    sharing = _sharing(where)
     whole_bytes = where.rows == 1 and where.size * (8 // sharing) <= LARGEST
     _run_rows(x, seed, codes if whole_bytes else None, low, step, where, bits, config)
     return whole_bytes
 
 
+@functools.cache
+def _aligned(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
+    """Grid, sizes and options of the kernel for rows whose groups are whole eights."""
+    config = dict(config)
+    eights = next_power_of_2(where.size // 8)
+    groups = max(config["TILE"] // (8 * eights), 1)
+    programs = cdiv(where.per_row, groups)
+    lanes = max(eights // _loads_a_thread(16 // itemsize, config), 1)
+    tile = {"SIZE": where.size, "BITS": bits, "GROUPS": groups, "EIGHTS": eights, "LANES": lanes}
+    options = {**tile, **_options(config, groups * eights * 8)}
+    return (where.rows * programs,), (programs, where.per_row, where.length), options
+
+
 def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config: launch.Config) -> None:
     """low and step of groups of whole rows, each in parts."""
-    parts = triton.cdiv(where.size, _PART)
+    parts = cdiv(where.size, _PART)
     bounds = [x.new_empty(where.rows, parts, dtype=torch.float32) for _ in range(2)]
     _run_rows(x, None, None, *bounds, where._replace(size=_PART), 0, config)
-    options = {"PARTS": parts, "BITS": bits, "BLOCK": min(triton.next_power_of_2(parts), 1024)}
+    options = {"PARTS": parts, "BITS": bits, "BLOCK": min(next_power_of_2(parts), 1024)}
     launch.run(kernels.finish_kernel, (where.rows,), *bounds, low, step, **options, num_warps=1, fp_fusion=False)
 
 
 def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> None:
-    block = max(triton.next_power_of_2(where.size), 8)
+    block = max(next_power_of_2(where.size), 8)
     groups = max(config["TILE"] // block, 1 if codes is None else 8 // _sharing(where))
-    programs = triton.cdiv(where.per_row, groups)
+    programs = cdiv(where.per_row, groups)
     launch.run(
         kernels.rows_kernel,
         (where.rows * programs,),
@@ -191,7 +196,7 @@ def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bit
         GROUPS=groups,
         BLOCK=block,
         LANES=max(block // _loads_a_thread(math.gcd(where.size, 16 // x.itemsize), config), 16 // x.itemsize),
-        EIGHTS=triton.next_power_of_2(groups * where.size // 8),
+        EIGHTS=next_power_of_2(groups * where.size // 8),
         SHARE=_sharing(where),
         **_options(config, groups * block),
     )
@@ -200,12 +205,19 @@ def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bit
 def _encode_maps(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> bool:
     """low and step of groups that are channels, and codes, if these are a multiple of eight. Are they coded? That is returned."""
     aligned = where.channels % 8 == 0
-    channels = _channels_a_program(where, x.itemsize)
-    programs = triton.cdiv(where.channels, channels)
-    arguments = (x, seed, codes if aligned else None, low, step, programs, where.channels)
-    tile = {"SIZE": where.size, "PIXELS": config["TILE"] // channels, "CHANNELS": channels, "ALIGNED": aligned}
-    launch.run(kernels.maps_kernel, (where.rows * programs,), *arguments, BITS=bits, **tile, **_options(config))
+    grid, sizes, options = _maps(where, x.itemsize, bits, tuple(config.items()))
+    launch.run(kernels.maps_kernel, grid, x, seed, codes if aligned else None, low, step, *sizes, **options)
     return aligned
+
+
+@functools.cache
+def _maps(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
+    """Grid, sizes and options of the kernel for groups that are channels."""
+    config, channels = dict(config), _channels_a_program(where, itemsize)
+    programs = cdiv(where.channels, channels)
+    tile = {"SIZE": where.size, "PIXELS": config["TILE"] // channels, "CHANNELS": channels}
+    options = {"BITS": bits, **tile, "ALIGNED": where.channels % 8 == 0, **_options(config)}
+    return (where.rows * programs,), (programs, where.channels), options
 
 
 def decode_triton(
@@ -219,21 +231,28 @@ def decode_triton(
     config: launch.Config = CONFIGS[0],
 ) -> Tensor:
     """`decode_reference` in one pass; equal bit for bit."""
-    where = cut(shape, channels_last, grouping, size)
+    where = _cut(tuple(shape), channels_last, grouping, size)
     x = _empty(shape, dtype, channels_last, code.codes.device)
-    arguments = (code.codes, *_as_integers(code), x)
-    if where.channels % 8:
-        grid = (triton.cdiv(x.numel(), config["TILE"]),)
-        options = _over_memory(where, bits, config)
-        launch.run(kernels.decode_kernel, grid, *arguments, x.numel(), code.codes.numel(), **options)
-        return x
-    channels = _channels_a_program(where, x.itemsize)
-    programs, pixels = triton.cdiv(where.channels, channels), config["TILE"] // channels
-    blocks = triton.cdiv(where.size, pixels)
-    arguments += (blocks, programs, where.size, where.channels)
-    options = {"BITS": bits, "PIXELS": pixels, "CHANNELS": channels, **_options(config)}
-    launch.run(kernels.decode_maps_kernel, (where.rows * blocks * programs,), *arguments, **options)
+    kernel, grid, sizes, options = _decoding(where, x.itemsize, x.numel(), bits, tuple(config.items()))
+    launch.run(kernel, grid, code.codes, *_as_integers(code), x, *sizes, **options)
     return x
+
+
+@functools.cache
+def _decoding(
+    where: Cut, itemsize: int, count: int, bits: int, config: tuple
+) -> tuple[Any, tuple[int], tuple[int, ...], launch.Config]:
+    """Kernel, grid, sizes and options to decode `count` elements."""
+    config = dict(config)
+    if where.channels % 8:
+        sizes, options = (count, packed_bytes(count, bits)), _over_memory(where, bits, config)
+        return kernels.decode_kernel, (cdiv(count, config["TILE"]),), sizes, options
+    channels = _channels_a_program(where, itemsize)
+    programs, pixels = cdiv(where.channels, channels), config["TILE"] // channels
+    blocks = cdiv(where.size, pixels)
+    options = {"BITS": bits, "PIXELS": pixels, "CHANNELS": channels, **_options(config)}
+    sizes = (blocks, programs, where.size, where.channels)
+    return kernels.decode_maps_kernel, (where.rows * blocks * programs,), sizes, options
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: torch.device) -> Tensor:
@@ -254,7 +273,7 @@ def _sharing(where: Cut) -> int:
 def _channels_a_program(where: Cut, itemsize: int) -> int:
     """So many that all their pixels fit in a cache, but at least a sector of memory and no more than there are."""
     fitting = 2**16 // (where.size * itemsize)
-    at_most = min(256 // itemsize, max(triton.next_power_of_2(where.channels), 8))
+    at_most = min(256 // itemsize, max(next_power_of_2(where.channels), 8))
     return max(min(1 << max(fitting, 1).bit_length() - 1, at_most), min(16, at_most))
 
 
@@ -317,10 +336,11 @@ def _(codes: Tensor, low: Tensor, step: Tensor, shape: Sequence[int], dtype, cha
     return _empty(shape, dtype, channels_last, codes.device)
 
 
-@_decode.register_kernel("cuda")
-def _(codes: Tensor, low: Tensor, step: Tensor, shape: Sequence[int], dtype, *how) -> Tensor:
-    run = decode_reference if dtype == torch.float64 else decode_triton
-    return run(Code(codes, low, step), torch.Size(shape), dtype, *how)
+launch.on_cuda(
+    _decode,
+    lambda codes, low, step, *how: decode_triton(Code(codes, low, step), *how),
+    lambda codes, low, step, shape, dtype, *_: dtype != torch.float64,
+)
 
 
 def encode(
@@ -336,7 +356,7 @@ def encode(
     _check(grouping, size, bits)
     if launch.on_gpu(x):
         seed = None if source is None else source.seed_for(x)
-        return Code(*_encode(x, seed, grouping, size, bits, is_channels_last(x)))
+        return Code(*launch.way(_encode, x)(x, seed, grouping, size, bits, is_channels_last(x)))
     return encode_reference(x, None if source is None else source.uniform_like(x), grouping, size, bits)
 
 
@@ -352,7 +372,9 @@ def decode(
     """Code, and what x was, -> x~ of `shape` and `dtype`, contiguous or channels_last as x was (layout.is_channels_last)."""
     _check(grouping, size, bits)
     how = (shape, dtype, channels_last, grouping, size, bits)
-    return _decode(*code, *how) if launch.on_gpu(code.codes) else decode_reference(code, *how)
+    if launch.on_gpu(code.codes) and dtype != torch.float64:
+        return launch.way(_decode, code.codes)(*code, *how)
+    return decode_reference(code, *how)
 
 
 def _check(grouping: str, size: int, bits: int) -> None:
@@ -382,7 +404,7 @@ def _encode_moved(x: Tensor, seed: Tensor | None, grouping: str, size: int, bits
         on_chip = channels * (where.size * x.itemsize + 4) + packed_bytes(where.size * channels, bits)
         return once + (launch.nbytes(x) if on_chip > 96 * 1024 else 0)
     if where.size > LARGEST:  # x again, and bounds of parts written and read
-        return once + launch.nbytes(x) + 16 * where.rows * triton.cdiv(where.size, _PART) + 4 * _seen(where)
+        return once + launch.nbytes(x) + 16 * where.rows * cdiv(where.size, _PART) + 4 * _seen(where)
     return once
 
 
@@ -395,7 +417,7 @@ def _decode_moved(code: Code, shape: torch.Size, dtype: torch.dtype, channels_la
     seen = _seen(where)
     if where.channels > 1:
         pixels = CONFIGS[0]["TILE"] // _channels_a_program(where, dtype.itemsize)
-        seen = where.groups * triton.cdiv(where.size, pixels)
+        seen = where.groups * cdiv(where.size, pixels)
     return launch.nbytes(code.codes) + math.prod(shape) * dtype.itemsize + 4 * seen
 
 
@@ -437,10 +459,10 @@ def cases() -> list[launch.Case]:
     return [
         launch.Case(
             f"quantize_{operation}_{kind}",
-            partial(inputs, shape, channels_last, how),
+            functools.partial(inputs, shape, channels_last, how),
             *rest,
             CONFIGS,
-            tiny=partial(inputs, tiny, channels_last, how),
+            tiny=functools.partial(inputs, tiny, channels_last, how),
             notes=reread if operation == "encode" and kind in ("samples_8bit", "channels_last_56_2bit") else "",
         )
         for kind, (shape, tiny, channels_last, *how) in kinds.items()

@@ -1,7 +1,8 @@
 """The path that CUDA tensors take, through registered operations, on a CPU, where their body is the reference.
 
 On the CPU layers call references directly. Here CPU tensors are sent through the operations instead: everything must stay as it is,
-outputs, gradients, their strides and what is kept, in eager mode, compiled and with fake tensors.
+outputs, gradients, their strides and what is kept, in eager mode, compiled and with fake tensors. In eager mode, where nobody watches, CUDA
+tensors skip the operations too and go to the launchers, whose kernels run in Triton's interpreter here.
 """
 
 import copy
@@ -16,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import actpress
 from actpress import measure
+from actpress.kernels import launch, masks
 from actpress.methods import BlockPruning, Division, FewBit, Inverted, Pooling, Quantize
 from actpress.swap import Method
-from devices import mimic_gpu
+from devices import INTERPRETED, mimic_gpu
 
 
 class Case(NamedTuple):
@@ -114,6 +116,59 @@ def test_eager(case, memory_format, dtype, monkeypatch):
         ours = step(model, x)
     assert direct.count == 0 and through.count >= 2  # at least one on the way there and one on the way back
     assert_identical(ours, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need the interpreter")
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", ["relu", "relu in place", "dropout", "max pool", "quantize"])  # equal bit for bit
+def test_without_operations(name, memory_format, monkeypatch):
+    model, x = prepared(CASES[name], memory_format)
+    expected = step(model, x)
+    mimic_gpu(monkeypatch)
+    monkeypatch.setattr(launch, "directly", launch.plain)
+    launched, run = [], launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *args, **how: (launched.append(kernel), run(kernel, *args, **how))
+    )
+    refuse_operations(monkeypatch)
+    assert_identical(step(model, x), expected)
+    assert len(launched) >= 2
+
+
+def refuse_operations(monkeypatch):
+    def refused(op, *_):
+        raise AssertionError(f"{op._qualname} was called")
+
+    monkeypatch.setattr(type(masks._relu), "__call__", refused)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need the interpreter")
+def test_a_change_in_place_is_counted_without_operations_too(monkeypatch):
+    mimic_gpu(monkeypatch)
+    monkeypatch.setattr(launch, "directly", launch.plain)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        masks.relu_(x)
+    assert x._version == 1 and (x >= 0).all()
+
+
+def test_whoever_looks_sees_operations():
+    x = torch.randn(2, 3)
+    assert not launch.plain(x)  # autograd may record
+    with torch.no_grad():
+        assert launch.plain(x) and launch.plain(nn.Parameter(x))
+        assert not launch.directly(x)  # on a CPU
+        assert not launch.plain(torch._neg_view(x)) and not launch.plain(torch._efficientzerotensor(3))
+        assert not launch.plain(x.as_subclass(type("Subclass", (torch.Tensor,), {})))
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x)
+        assert not launch.plain(fake)
+        with Operations():
+            assert not launch.plain(x)
+        seen = []
+        torch.func.vmap(lambda row: (seen.append(launch.plain(row)), row)[1])(x)
+        torch.jit.trace(lambda x: (seen.append(launch.plain(x)), x * 1)[1], x, check_trace=False)
+        assert not any(seen) and len(seen) == 2
 
 
 @pytest.mark.parametrize(("case", "memory_format"), PAIRS)
