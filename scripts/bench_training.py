@@ -74,9 +74,11 @@ def describe(row: dict[str, Any]) -> str:
     """One line for a row."""
     speed = row.get("images_per_s")
     sizes = {"peak": row.get("peak_bytes"), "saved": row.get("saved_bytes"), "predicted": row.get("predicted_bytes")}
+    step, host = row.get("step_ms"), row.get("host_ms")
     parts = [
         f"{row['method']} batch {row['batch']}: {row['status']}",
         *([f"{speed['median']:.1f} images/s (IQR {speed['iqr']:.1f}, n={speed['n']})"] if speed else []),
+        *([f"host {host['median']:.1f} of {step['median']:.1f} ms a step (n={host['n']})"] if host else []),
         *(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items() if size is not None),
         *([row["message"]] if row["message"] else []),
     ]

@@ -339,6 +339,48 @@ def test_the_first_steps_warm_up(steps, skipped):
     assert (len(times), warmup) == (steps - skipped, skipped)
 
 
+class Event:
+    """A CUDA event of a device whose clock `now` is set by hand, in ms. What is recorded is done at once unless the device is `busy`."""
+
+    now, busy = 0.0, False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def query(self):
+        return not Event.busy
+
+    def synchronize(self):
+        Event.busy = False
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_the_host_is_timed_where_the_device_was_idle(monkeypatch):
+    host = iter([0.0, 0.003, 10.0, 20.0, 20.004, 30.0, 30.001])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(host))
+    timer = meters.StepTimer(torch.device("cuda"))
+    for busy in (False, True, False):
+        monkeypatch.setattr(Event, "busy", busy)
+        with timer:
+            Event.now += 5.0
+    monkeypatch.setattr(Event, "busy", True)
+    timer.read()  # waits
+    with timer:
+        Event.now += 5.0
+    assert timer.read() == pytest.approx([0.005] * 4)
+    assert timer.host == [pytest.approx(0.003), None, pytest.approx(0.004), pytest.approx(0.001)]
+    assert timer.steady_host() == [pytest.approx(0.004), pytest.approx(0.001)]  # two of four steps warm up
+    found = meters.milliseconds(timer.steady_host())
+    assert found == {"median": pytest.approx(2.5), "iqr": pytest.approx(1.5), "n": 2}
+    assert meters.milliseconds([]) is None and meters.milliseconds([0.002])["iqr"] == 0
+
+
 # What the loop costs
 
 

@@ -28,6 +28,7 @@ def test_every_method_gets_a_row_beside_stock():
     assert by_name["division"]["saved_bytes"] < by_name["none"]["saved_bytes"] / 5
     assert by_name["checkpointing"]["peak_bytes"] < by_name["none"]["peak_bytes"]
     assert by_name["none"]["images_per_s"]["median"] > 0
+    assert by_name["none"]["step_ms"]["median"] > 0 and by_name["none"]["host_ms"] is None  # on a CPU both are one
     assert by_name["none"]["peak_bytes"] == by_name[workload.AGAIN]["peak_bytes"]
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from actpress import checkpoint, measure, swap
-from actpress.meters import StepTimer, Sums, means
+from actpress.meters import StepTimer, Sums, means, milliseconds
 from actpress.settings import PRECISIONS
 
 REPORT_EVERY = 20  # steps between two looks at the device: progress bar, log, check that the loss is finite
@@ -329,6 +329,8 @@ class Trainer:
             "tested_weights": "ema" if self.ema else "last",
             "train_images_per_s": rates
             and {"median": rates.median, "iqr": rates.q75 - rates.q25, "n": rates.n, "warmup": warmup},
+            "step_ms": milliseconds(seconds),
+            "host_ms": milliseconds(self.timer.steady_host()),  # of this process's steps; None on a CPU
             "peak_bytes": self.measured.get("peak_bytes"),
             "peak_reserved_bytes": self.measured.get("peak_reserved_bytes"),
             "peak_kind": "max_memory_allocated" if self.device.type == "cuda" else "live storages, data set left out",

@@ -1,6 +1,8 @@
 """What a training loop is watched with. Nothing here waits for the device but `Sums.read` and `StepTimer.read`."""
 
+import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,16 +40,23 @@ class StepTimer:
     """Seconds of each timed block: CUDA events on a GPU, a wall clock elsewhere.
 
     with timer: train_step(x, y)
+
+    host, on a GPU: seconds that Python took to issue each block, from its start to the return of its last call; None where the device was
+    still busy with the block before. There the queue of launches, about a thousand long, may have been full, and the host waits for the
+    device, not the other way round. On a CPU both times are one, and `host` stays empty.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.seconds: list[float] = []
+        self.host: list[float | None] = []
 
     def __enter__(self) -> None:
         if self._cuda:
+            self._idle = not self._pending or self._pending[-1][1].query()
             self._pending.append(tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)))
+            self._begin = time.perf_counter()
             self._pending[-1][0].record()
         else:
             self._begin = time.perf_counter()
@@ -55,6 +64,7 @@ class StepTimer:
     def __exit__(self, *exception) -> None:
         if self._cuda:
             self._pending[-1][1].record()
+            self.host.append(time.perf_counter() - self._begin if self._idle else None)
         else:
             self.seconds.append(time.perf_counter() - self._begin)
 
@@ -71,6 +81,20 @@ class StepTimer:
         seconds = self.read()
         skipped = min(warmup, len(seconds) // 2)
         return seconds[skipped:], skipped
+
+    def steady_host(self, warmup: int = 10) -> list[float]:
+        """Of the blocks that `steady` counts the host's times, where they are known."""
+        _, skipped = self.steady(warmup)
+        return [seconds for seconds in self.host[skipped:] if seconds is not None]
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float | int] | None:
+    """{median, iqr, n} of times in seconds, in ms; None if there is none."""
+    if not seconds:
+        return None
+    times = [1e3 * s for s in seconds]
+    q25, _, q75 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median": statistics.median(times), "iqr": q75 - q25, "n": len(times)}
 
 
 def median(values: list[float]) -> float | None:

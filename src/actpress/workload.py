@@ -4,9 +4,10 @@ The step is the training loop's own (engine.Trainer), on one batch of noise that
 stay as they are however many steps are made. Everything measured in one process on one device is a session; speeds are compared
 within a session only, so each has a row of stock PyTorch, and a second one at the end shows how far the device drifted.
 
-A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; peak_bytes,
-peak_reserved_bytes, saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors
-tell it.
+A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; step_ms
+{median, iqr, n}, a step's time on the device; host_ms, what Python takes to issue a step, of those that begin with an idle device
+(meters.StepTimer): a GPU waits for Python where it comes near step_ms; None on a CPU, where both are one; peak_bytes, peak_reserved_bytes,
+saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors tell it.
 """
 
 import gc
@@ -215,7 +216,7 @@ def _run(
         data.train *= setting.steps
         trainer.train_epoch(lambda step, values: None)
     measured = trainer.metrics()
-    names = ("peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
+    names = ("step_ms", "host_ms", "peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
     numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})
 
 
