@@ -22,6 +22,7 @@ checkpoint but not in the second.
 import math
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -215,9 +216,30 @@ def keep(
     return like, kept
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off on x's device. torch.autocast takes a host 10 us."""
+    device = x.device.type
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    return _AutocastOff(device) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class _AutocastOff(AbstractContextManager):
+    """Within torch.autocast."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_autocast_enabled(self.device, True)
+
+
 def encoded(codec: Codec, x: Tensor, context: Context | None) -> tuple[Tensor, ...]:
     """Returns codec.encode(x, context), computed without autocast. Autocast would run products in another dtype."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return codec.encode(x, context)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape
+from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape, without_autocast
 from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse, shape_only
 
 STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -32,7 +32,7 @@ class _Conv(Function):
     def backward(ctx, dy, _):
         weight, probe, *kept = ctx.saved_tensors
         dx = dw = db = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             if ctx.needs_input_grad[0]:
                 x = shape_only(dy, ctx.shape)
                 mask = (True, False, False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from actpress.codec import Codec, Context, keep, tokens_shape
+from actpress.codec import Codec, Context, keep, tokens_shape, without_autocast
 from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse
 
 
@@ -31,7 +31,7 @@ class _Linear(Function):
     def backward(ctx, dy_O, _):
         weight, probe, *kept = ctx.saved_tensors
         dx = dw = db = None
-        with torch.autocast(dy_O.device.type, enabled=False):
+        with without_autocast(dy_O):
             if ctx.needs_input_grad[0]:
                 w = weight.T if ctx.transposed else weight
                 dx = (dy_O @ w.to(ctx.dtype)).to(ctx.x_dtype)
