@@ -38,11 +38,11 @@ from torch.nn import functional as F
 
 from . import division_tiles, division_triton, launch
 from .bits import pack, packed_bytes, unpack
-from .division_plan import DECODE_CONFIGS, ENCODE_CONFIGS, Way, blocks, in_order, shape_of, way_of
+from .division_plan import DECODE_CONFIGS, ENCODE_CONFIGS, Way, blocks, in_order, sampled_every, shape_of, way_of
 from .launch import triton
 from .layout import dense_as, is_channels_last
 from .masks import unpack_mask_reference
-from .noise import Source, uniform_from, uniform_reference
+from .noise import Source, noise_bits, uniform_from, uniform_reference
 from .rounding import bf16_floor, finite, poison, saturated
 
 ALIGN = ("ceil", "authors")
@@ -108,10 +108,10 @@ def _quantise(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _expected_error(hfc: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Expected squared error of stochastic rounding, summed over each map, f (1 - f) in steps, f the fraction that is rounded away; and the
-    step."""
+    """Expected squared error of stochastic rounding, summed over the sampled rows of each map, f (1 - f) in steps, f the fraction that is
+    rounded away; and the step."""
     steps, _, step = _quantise(hfc, levels)
-    fraction = steps.frac_()
+    fraction = steps[:, :, :: sampled_every(hfc.shape[2])].frac_()
     return fraction.sub_(fraction.square()).sum((2, 3), keepdim=True), step.to(steps.dtype)
 
 
@@ -210,7 +210,7 @@ def encode_triton(
             return code
     else:
         _encode_parts(x, means, low, step, inverse, way, config["LANES"])
-    plan, grid = in_order(plan, outers, config["LANES"] // 8, 8)
+    plan, grid = in_order(plan, outers, config["LANES"] // plan.lanes, plan.lanes)
     arguments = (x, seed, means, code.codes, low, inverse, outers)
     launch.run(division_triton.codes_kernel, grid, *arguments, P=plan, **options)
     return code
@@ -384,7 +384,7 @@ def decode(
 def _case_reference(x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, align: str, lfc: str) -> Code:
     """What `encode_triton` computes: its noise lies in memory order."""
     shape = (x.shape[0], *x.shape[2:], x.shape[1]) if is_channels_last(x) else x.shape
-    noise = uniform_reference(int(seed), x.numel()).view(shape).to(x.device)
+    noise = uniform_reference(int(seed), x.numel(), noise_bits(bits)).view(shape).to(x.device)
     return encode_reference(x, noise.permute(0, 3, 1, 2) if is_channels_last(x) else noise, kernel, bits, align, lfc)
 
 
@@ -411,8 +411,10 @@ def _encode_moved(x: Tensor, seed: Tensor, kernel: Sequence[int], bits: int, ali
     if parts == 0:
         return moved + 8 * programs  # the seed
     if launch.nbytes(x) > L2:  # x again by each kernel but the first, and parameters to make the codes
-        moved += launch.nbytes(x) * (plan.known + plan.auto + 1) + maps * (2 * plan.means + 6)
-    moved += 8 * math.prod(in_order(plan, outers, ENCODE_CONFIGS[0]["LANES"] // 8, 8)[1])
+        rows = 1 if plan.known else -(-plan.height // plan.every) / plan.height  # of which errors are taken
+        moved += math.ceil(launch.nbytes(x) * (plan.known + plan.auto * rows + 1)) + maps * (2 * plan.means + 6)
+        moved += plan.auto * 2 * maps * plan.means
+    moved += 8 * math.prod(in_order(plan, outers, ENCODE_CONFIGS[0]["LANES"] // plan.lanes, plan.lanes)[1])
     moved += 2 * 4 * maps * parts * (2 + 4 * plan.auto)  # extremes, and errors, of parts: written, and read at the end
     return moved + plan.auto * 4 * 4 * maps * parts**2  # and extremes by each part that takes errors
 

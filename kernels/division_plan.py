@@ -33,6 +33,11 @@ def blocks(size: int, kernel: int, align: str) -> int:
     return -(-size // kernel) if align == "ceil" else size // kernel
 
 
+def sampled_every(height: int) -> int:
+    """lfc="auto" compares expected errors of every so manieth row of a map, from the first on: every fourth, or all where there are few."""
+    return 4 if height >= 8 else 1
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a kernel is compiled for: the shape of maps and blocks, and the share of a program."""
@@ -46,7 +51,7 @@ class Plan:
     wb: int
     nearest: bool  # blocks are spread over the map as nearest-neighbour resizing does
     bits: int
-    whole: bool  # the number of elements is a multiple of 8
+    whole: bool  # the number of elements is a multiple of `lanes`
     auto: bool = False
     # A program's share. Of maps:
     maps: int = 1
@@ -78,7 +83,34 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        return 1 << (self.kw - 1).bit_length()
+        return 1 if self.known else 1 << (self.kw - 1).bit_length()
+
+    @property
+    def every(self) -> int:
+        """Expected errors are taken of the first of so many rows of a map, of the next first, and so on."""
+        return sampled_every(self.height)
+
+    @property
+    def stride(self) -> int:
+        """Of so many rows of a block that are held the first is looked at, and the next first: `every`, where that is the same."""
+        return self.every if self.kh % self.every == 0 and not self.known else 1
+
+    @property
+    def sampled(self) -> int:
+        """How many of the rows of a block in a tile are looked at."""
+        return -(-self.rows // self.stride)
+
+    @property
+    def partial(self) -> bool:
+        """Whether programs have channels that are not there."""
+        return self.channels > 1 and self.channels % self.maps != 0
+
+    @property
+    def lanes(self) -> int:
+        """Neighbours that a thread codes: as many as share a draw of noise, or eight where a pixel's channels are cut into eights."""
+        if self.bits <= 2 and (self.channels == 1 or self.channels % 8):
+            return 16
+        return 16 if self.bits <= 2 and math.gcd(self.channels, self.maps) % 16 == 0 else 8
 
     @property
     def ragged(self) -> bool:
@@ -123,8 +155,8 @@ def shape_of(
             f"kernel={tuple(kernel)}; allowed for maps of {h} x {w} with align={align!r}: up to their size"
         )
     channels, outers = (c, n) if channels_last else (1, n * c)
-    whole = math.prod(shape) % 8 == 0
-    return Plan(h, w, channels, kernel[0], kernel[1], hb, wb, align == "authors", bits, whole), outers
+    plan = Plan(h, w, channels, kernel[0], kernel[1], hb, wb, align == "authors", bits, whole=False)
+    return replace(plan, whole=math.prod(shape) % plan.lanes == 0), outers
 
 
 @functools.cache
@@ -145,17 +177,19 @@ def way_of(
     plan = replace(plan, auto=lfc == "auto" and plan.means > 1, known=known)
     block = 1 if known else plan.kh * plan.columns  # lanes
     count = triton.next_power_of_2(plan.pixels if known else plan.means)
+    lanes = (
+        lanes // 4 if known else lanes
+    )  # for each column of a block, here of one pixel, four numbers are kept from tile to tile
     many, warps = lanes, num_warps
     if plan.channels > 1:
         bytes_of = plan.pixels * itemsize
         maps = min(max(_power(2**16 // bytes_of), 32 // itemsize), 64, triton.next_power_of_2(plan.channels))
         if maps * bytes_of > CROWDED:
             many, warps = 2 * many, 2 * warps
-        warps *= 2  # a thread holds several maps, for each of which there is something to compute: fewer elements
         codes = plan.channels % 8 == 0
         programs = outers * triton.cdiv(plan.channels, maps)
     else:
-        fill = 8 // math.gcd(8, plan.pixels)  # so many maps have whole eights
+        fill = plan.lanes // math.gcd(plan.lanes, plan.pixels)  # so many maps have whole draws of noise
         maps = min(max(_power(lanes // (block * count)), fill), triton.next_power_of_2(max(outers, 1)))
         codes = maps * block * count <= LARGEST or fill == 1
         maps = maps if maps * block * count <= LARGEST else 1
@@ -166,7 +200,8 @@ def way_of(
     few = programs <= FEW and cut.tiles * cut.tile * maps * block > 2 * LARGEST
     if not (known or few or plan.pixels * plan.channels >= 2**31):
         return Way(replace(cut, codes=codes), outers, programs, warps, 0)
-    cut = replace(cut, tile=min(count, max(_power(lanes // (maps * block)), 1)))
+    many = lanes if known or plan.channels == 1 else 2 * lanes
+    cut = replace(cut, tile=min(count, max(_power(many // (maps * block)), 1)))
     parts = max(min(PARTS, cut.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
     parts = triton.cdiv(cut.tiles, triton.cdiv(cut.tiles, parts))  # none of them empty
     return Way(cut, outers, programs, 2 * num_warps, parts)
@@ -176,7 +211,7 @@ def way_of(
 def in_order(plan: Plan, outers: int, threads: int, lanes: int) -> tuple[Plan, tuple[int]]:
     """For kernels that go over memory in order, `lanes` elements a thread: the plan and the grid."""
     chunk, item = threads * lanes, plan.pixels * plan.channels
-    fill = 8 // math.gcd(8, item)
+    fill = 16 // math.gcd(16, item)
     units = fill * min(triton.cdiv(16 * chunk, fill * item), max(triton.cdiv(outers, fill), 1))
     plan = replace(plan, units=units, chunks=triton.cdiv(units * item, chunk), threads=threads)
     return plan, (outers // units * plan.chunks + triton.cdiv(outers % units * item, chunk),)

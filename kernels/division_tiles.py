@@ -4,6 +4,9 @@ Memory is seen as [outer, pixels, channels]: maps one after the other (NCHW) are
 bf16 travels as int16 (rounding.py).
 
 A tile is [maps, blocks, columns of a block], one for each row of a block, so that a thread holds columns of blocks from top to bottom.
+In channels_last order it holds these of eight neighbouring channels: 16 bytes of bf16 a load. The compiler sees that they are neighbours
+only where nothing clamps their numbers, so channels past the last are masked. What is reduced over a map is reduced over tiles first, lane
+by lane, and across threads once.
 """
 
 from .launch import tl, triton
@@ -12,14 +15,14 @@ from .rounding import bf16_floor_bits, bf16_nearest_bits, bf16_value, finite_bit
 
 @triton.jit
 def own_maps(program, outers, P: tl.constexpr):
-    """The maps of a program: (outer of the first, its channel, how many there are)."""
+    """The maps of a program: (outer of the first, its channel, how many there are from it on, at times more channels than P.maps)."""
     if P.channels == 1:
         outer = program.to(tl.int64) * P.maps
         return outer, program * 0, tl.minimum(outers - outer, P.maps).to(tl.int32)
     else:
         PER_OUTER: tl.constexpr = (P.channels + P.maps - 1) // P.maps
         channel = program % PER_OUTER * P.maps
-        return (program // PER_OUTER).to(tl.int64), channel, tl.minimum(P.channels - channel, P.maps)
+        return (program // PER_OUTER).to(tl.int64), channel, P.channels - channel
 
 
 @triton.jit
@@ -36,16 +39,16 @@ def block_of(pixel, P: tl.constexpr):
 
 @triton.jit
 def _offsets(maps, each, P: tl.constexpr):
-    """Offsets of a program's maps in memory that holds `each` per map. Maps that are not there repeat the last."""
-    map = tl.minimum(tl.arange(0, P.maps), maps - 1)
-    return map * each if P.channels == 1 else map
+    """Offsets of a program's maps in memory that holds `each` per map. Maps that are not there repeat the last; channels have to be
+    masked."""
+    map = tl.arange(0, P.maps)
+    return tl.minimum(map, maps - 1) * each if P.channels == 1 else map
 
 
 @triton.jit
-def tile(x_ptr, i, maps, P: tl.constexpr):
-    """Tile i of some maps: (x and which lanes are pixels, two tuples of the rows of a block, [maps, blocks, columns]; bits of the means,
-    [maps, blocks]). Blocks that are not there repeat the last; lanes that are no pixels hold NaN."""
-    ROWS: tl.constexpr = P.kh
+def _place(i, maps, P: tl.constexpr):
+    """Of tile i: (offsets of its first rows, [maps, blocks, columns]; first row and column of blocks, [blocks]; which columns are there,
+    [blocks, columns]). Blocks that are not there repeat the last."""
     block = tl.minimum(i * P.tile + tl.arange(0, P.tile), P.means - 1)
     top, left = block // P.wb * P.kh, block % P.wb * P.kw
     lane = tl.arange(0, P.columns)[None, :]
@@ -54,37 +57,93 @@ def tile(x_ptr, i, maps, P: tl.constexpr):
     if P.pixels * P.channels >= 2**31:
         column = column.to(tl.int64)
     at = _offsets(maps, P.pixels, P)[:, None, None] + ((top[:, None] * P.width + column) * P.channels)[None, :, :]
-    x, inside = (), ()
+    return at, top, left, there
+
+
+@triton.jit
+def _row(x_ptr, place, r: tl.constexpr, maps, P: tl.constexpr):
+    """Row r of the blocks of a tile: (fp32 [maps, blocks, columns], NaN in lanes that are no pixels; which lanes are pixels)."""
+    at, top, _, there = place
+    pixels = ((top[:, None] + r < P.height) & there)[None, :, :]
+    at += r * P.width * P.channels
+    mask = pixels & (tl.arange(0, P.maps) < maps)[:, None, None] if P.partial else pixels
+    if P.ragged or P.partial:
+        row = tl.load(x_ptr + at, mask=mask, other=float("nan"))
+    else:
+        row = tl.load(x_ptr + at)
+    return row.to(tl.float32), pixels
+
+
+@triton.jit
+def tile(x_ptr, i, maps, P: tl.constexpr):
+    """Tile i of some maps: (x, a tuple of the rows of a block, [maps, blocks, columns]; their sum; bits of the means, [maps, blocks]).
+    Blocks that are not there repeat the last; lanes that are no pixels hold NaN."""
+    ROWS: tl.constexpr = P.kh
+    place = _place(i, maps, P)
+    _, top, left, _ = place
+    x = ()
     total = tl.full([P.maps, P.tile, P.columns], 0.0, tl.float32)
     for r in tl.static_range(ROWS):
-        mask = ((top[:, None] + r < P.height) & there)[None, :, :]
-        if P.ragged:
-            row = tl.load(x_ptr + r * P.width * P.channels + at, mask=mask, other=float("nan")).to(tl.float32)
-            total += tl.where(mask, row, 0.0)
-        else:
-            row = tl.load(x_ptr + r * P.width * P.channels + at).to(tl.float32)
-            total += row
+        row, pixels = _row(x_ptr, place, r, maps, P)
+        total += tl.where(pixels, row, 0.0) if P.ragged else row
         x = x + (row,)  # noqa: RUF005 - Triton has no unpacking
-        inside = inside + (mask,)  # noqa: RUF005
     mean = tl.sum(total, axis=2)
     if P.ragged:
         count = tl.minimum(P.height - top, P.kh) * tl.minimum(P.width - left, P.kw)
         mean = tl.div_rn(mean, count.to(tl.float32)[None, :])
     else:
         mean *= 1.0 / (P.kh * P.kw)  # a power of two: as exact as a division
-    return x, inside, bf16_nearest_bits(mean)
+    return x, total, bf16_nearest_bits(mean)
+
+
+@triton.jit
+def _sample(x_ptr, i, maps, P: tl.constexpr):
+    """Of tile i the rows that expected errors are taken of: (x, which lanes are pixels of such rows), two tuples."""
+    ROWS: tl.constexpr = P.kh
+    place = _place(i, maps, P)
+    _, top, _, _ = place
+    x, inside = (), ()
+    STRIDE: tl.constexpr = P.stride
+    for r in tl.static_range(0, ROWS, STRIDE):
+        row, pixels = _row(x_ptr, place, r, maps, P)
+        if P.every > P.stride:
+            pixels &= ((top + r) % P.every == 0)[None, :, None]
+        x, inside = x + (row,), inside + (pixels,)  # noqa: RUF005
+    return x, inside
+
+
+@triton.jit
+def _means(lfc_ptr, i, maps, P: tl.constexpr):
+    """Bits of the stored means of tile i: [maps, blocks, 1] or, of channels, [maps, blocks, columns], as the pixels are held."""
+    block = tl.minimum(i * P.tile + tl.arange(0, P.tile), P.means - 1)
+    if P.channels == 1:
+        return tl.load(lfc_ptr + _offsets(maps, P.means, P)[:, None] + block[None, :])[:, :, None]
+    else:
+        map = tl.arange(0, P.maps)[:, None, None]
+        at = map + (block * P.channels)[None, :, None] + tl.full([1, 1, P.columns], 0, tl.int32)
+        if P.partial:
+            return tl.load(lfc_ptr + at, mask=map < maps, other=0)
+        else:
+            return tl.load(lfc_ptr + at)
 
 
 @triton.jit
 def _pixels(x_ptr, lfc_ptr, i, maps, P: tl.constexpr):
-    """The same where means are known, of blocks of one pixel. Pixels that are not there repeat the last."""
+    """A tile where means are known, of blocks of one pixel: (x, which lanes are pixels of rows that expected errors are taken of, two
+    tuples; bits of the means). Pixels that are not there repeat the last."""
     pixel = tl.minimum(i * P.tile + tl.arange(0, P.tile), P.pixels - 1)[None, :]
     at = _offsets(maps, P.means, P)[:, None] + block_of(pixel, P) * P.channels
-    mean = tl.load(lfc_ptr + at)
+    inside = (pixel // P.width % P.every == 0)[:, :, None]
     if P.pixels * P.channels >= 2**31:
         pixel = pixel.to(tl.int64)
-    x = tl.load(x_ptr + _offsets(maps, P.pixels, P)[:, None] + pixel * P.channels).to(tl.float32)[:, :, None]
-    return (x,), (x == x,), mean
+    x_at = _offsets(maps, P.pixels, P)[:, None] + pixel * P.channels
+    if P.partial:
+        there = (tl.arange(0, P.maps) < maps)[:, None]
+        mean, x = tl.load(lfc_ptr + at, mask=there, other=0), tl.load(x_ptr + x_at, mask=there, other=0.0)
+    else:
+        mean, x = tl.load(lfc_ptr + at), tl.load(x_ptr + x_at)
+    x = x.to(tl.float32)[:, :, None]
+    return (x,), (inside & (x == x),), mean
 
 
 @triton.jit
@@ -101,9 +160,19 @@ def _all(x):
 
 
 @triton.jit
-def extremes(x, mean, P: tl.constexpr):
-    """(-least, greatest, -least, greatest) of the high frequencies and, auto, of x, each fp32 [maps]. NaN is left out; where the mean
-    is not finite, the greatest is infinite."""
+def no_extremes(P: tl.constexpr):
+    """What `extremes` begin with, and what they are of no tile."""
+    a = tl.full([P.maps, P.tile, P.columns], float("-inf"), tl.float32)
+    return a, a, a, a
+
+
+@triton.jit
+def extremes(before, x, total, mean, P: tl.constexpr):
+    """(-least, greatest, -least, greatest) of the high frequencies and, auto, of x, each fp32 [maps, blocks, columns], of a tile and of
+    `before`. total: sum of x over the rows. Where the mean is not finite, or x is NaN, the greatest is infinite.
+
+    Least and greatest leave NaN out. A sum of finite numbers, one after the other, may become infinite, but not NaN: there x is not finite.
+    """
     ROWS: tl.constexpr = P.rows
     mean = bf16_value(mean)[:, :, None]
     least, greatest = x[0], x[0]
@@ -114,11 +183,22 @@ def extremes(x, mean, P: tl.constexpr):
     # Subtracting is monotonous: the extremes of x - mean are those of x, less the mean.
     rest_least, rest_greatest = mean - least, tl.where(mean - mean == 0, greatest - mean, float("inf"))
     if P.known:  # whose x, unlike that of a whole block, may be NaN where the mean is not
-        rest_greatest = tl.where(least == least, rest_greatest, float("inf"))
-    rest = tl.join(_all(rest_least), _all(rest_greatest))
+        rest_greatest = tl.where(total == total, rest_greatest, float("inf"))
+    a, b, c, d = before
+    a, b = tl.maximum(a, rest_least), tl.maximum(b, rest_greatest)
     if P.auto:
-        plain = tl.join(_all(-least), _all(greatest))
-        rest, plain = tl.split(tl.max(tl.join(rest, plain), axis=1))
+        return a, b, tl.maximum(c, -least), tl.maximum(d, tl.where(total == total, greatest, float("inf")))
+    else:
+        return a, b, c, d
+
+
+@triton.jit
+def of_maps(lanes, P: tl.constexpr):
+    """`extremes`, [maps] each."""
+    a, b, c, d = lanes
+    rest = tl.join(_all(a), _all(b))
+    if P.auto:
+        rest, plain = tl.split(tl.max(tl.join(rest, tl.join(_all(c), _all(d))), axis=1))
         a, b = tl.split(rest)
         c, d = tl.split(plain)
         return a, b, c, d
@@ -129,18 +209,17 @@ def extremes(x, mean, P: tl.constexpr):
 
 @triton.jit
 def scan(x_ptr, lfc_ptr, first, last, maps, P: tl.constexpr):
-    """Extremes of tiles first .. last - 1, whose means are stored."""
-    a = tl.full([P.maps], float("-inf"), tl.float32)
-    b, c, d = a, a, a
+    """`extremes` of tiles first .. last - 1, whose means are stored."""
+    lanes = no_extremes(P)
     for i in range(first, last):
         if P.known:
             x, _, mean = _pixels(x_ptr, lfc_ptr, i, maps, P)
+            total = x[0]
         else:
-            x, _, mean = tile(x_ptr, i, maps, P)
+            x, total, mean = tile(x_ptr, i, maps, P)
             store_means(lfc_ptr, mean, i, maps, P)
-        e, f, g, h = extremes(x, mean, P)
-        a, b, c, d = tl.maximum(a, e), tl.maximum(b, f), tl.maximum(c, g), tl.maximum(d, h)
-    return a, b, c, d
+        lanes = extremes(lanes, x, total, mean, P)
+    return lanes
 
 
 @triton.jit
@@ -156,47 +235,68 @@ def scale_of(least, greatest, P: tl.constexpr):
 
 
 @triton.jit
-def _error(x, inside, least, inverse, P: tl.constexpr):
-    """Expected squared error of stochastic rounding, in steps from `least`: f (1 - f), f the fraction rounded away, summed over rows.
+def _error(before, x, inside, exists, least, inverse, P: tl.constexpr):
+    """`before`, and the expected squared error of stochastic rounding, in steps from `least`: f (1 - f), f the fraction rounded away,
+    summed over rows.
 
     With r the distance to the nearest code, f (1 - f) = r - r^2, and the nearest comes of two additions.
     """
-    ROWS: tl.constexpr = P.rows
+    ROWS: tl.constexpr = P.sampled
     offset = -least * inverse
     linear, square = tl.zeros_like(x[0]), tl.zeros_like(x[0])
     for r in tl.static_range(ROWS):
         steps = tl.fma(x[r], inverse, offset)
         distance = steps - ((steps + 1.5 * 2**23) - 1.5 * 2**23)
-        if P.ragged:
+        if P.ragged or P.every > P.stride:
             distance = tl.where(inside[r], distance, 0.0)
         linear += tl.abs(distance)
         square = tl.fma(distance, distance, square)
-    return linear - square
+    return before + tl.where(exists, linear - square, 0.0)
 
 
 @triton.jit
-def errors(x, inside, mean, i, rest, plain, P: tl.constexpr):
-    """(of the high frequencies, of x), [maps], in steps squared, of tile i; rest, plain: their scales."""
-    least = bf16_value(mean)[:, :, None] + bf16_value(rest[0])[:, None, None]
-    with_means = _error(x, inside, least, rest[2][:, None, None], P)
-    without = _error(x, inside, bf16_value(plain[0])[:, None, None], plain[2][:, None, None], P)
+def errors(before, x, inside, mean, i, rest, plain, P: tl.constexpr):
+    """`before` and expected errors (of the high frequencies, of x), [maps, blocks, columns], in steps squared, of the rows of tile i that
+    are sampled; rest, plain: their scales."""
+    least = bf16_value(mean) + bf16_value(rest[0])[:, None, None]
     exists = (i * P.tile + tl.arange(0, P.tile) < (P.pixels if P.known else P.means))[None, :, None]
-    both = tl.join(_all(tl.where(exists, with_means, 0.0)), _all(tl.where(exists, without, 0.0)))
-    return tl.split(tl.sum(both, axis=1))
+    with_means = _error(before[0], x, inside, exists, least, rest[2][:, None, None], P)
+    least = bf16_value(plain[0])[:, None, None]
+    return with_means, _error(before[1], x, inside, exists, least, plain[2][:, None, None], P)
+
+
+@triton.jit
+def errors_at(before, x_ptr, mean, i, maps, rest, plain, P: tl.constexpr):
+    """The same of tile i in memory, whose means are [maps, blocks]."""
+    x, inside = _sample(x_ptr, i, maps, P)
+    return errors(before, x, inside, mean[:, :, None], i, rest, plain, P)
+
+
+@triton.jit
+def no_errors(P: tl.constexpr):
+    zero = tl.full([P.maps, P.tile, P.columns], 0.0, tl.float32)
+    return zero, zero
 
 
 @triton.jit
 def scan_errors(x_ptr, lfc_ptr, first, last, maps, rest, plain, P: tl.constexpr):
-    """The same of tiles first .. last - 1."""
-    with_means, without = tl.full([P.maps], 0.0, tl.float32), tl.full([P.maps], 0.0, tl.float32)
+    """`errors` of tiles first .. last - 1, whose means are in memory."""
+    lanes = no_errors(P)
     for i in range(first, last):
         if P.known:
             x, inside, mean = _pixels(x_ptr, lfc_ptr, i, maps, P)
+            lanes = errors(lanes, x, inside, mean[:, :, None], i, rest, plain, P)
         else:
-            x, inside, mean = tile(x_ptr, i, maps, P)
-        a, b = errors(x, inside, mean, i, rest, plain, P)
-        with_means, without = with_means + a, without + b
-    return with_means, without
+            x, inside = _sample(x_ptr, i, maps, P)
+            lanes = errors(lanes, x, inside, _means(lfc_ptr, i, maps, P), i, rest, plain, P)
+    return lanes
+
+
+@triton.jit
+def sum_of_maps(lanes):
+    """`errors`, [maps] each."""
+    with_means, without = lanes
+    return tl.split(tl.sum(tl.join(_all(with_means), _all(without)), axis=1))
 
 
 @triton.jit
@@ -239,11 +339,13 @@ def means_kernel(x_ptr, lfc_ptr, outers, P: tl.constexpr, LANES: tl.constexpr):
     for start in range(0, P.kh * P.kw, LANES):
         lane = start + tl.arange(0, LANES)[None, :]
         row, column = top + lane // P.kw, left + lane % P.kw
-        mask = (lane < P.kh * P.kw) & (row < P.height) & (column < P.width)
+        mask = ((lane < P.kh * P.kw) & (row < P.height) & (column < P.width))[None, :, :]
+        if P.partial:
+            mask = mask & (tl.arange(0, P.maps) < maps)[:, None, None]
         if P.pixels * P.channels >= 2**31:
             row = row.to(tl.int64)
         at = _offsets(maps, P.pixels, P)[:, None, None] + ((row * P.width + column) * P.channels)[None, :, :]
-        total += tl.load(x_ptr + at, mask=mask[None, :, :], other=0.0).to(tl.float32)
+        total += tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(P.height - top, P.kh) * tl.minimum(P.width - left, P.kw)
     mean = tl.div_rn(tl.sum(total, axis=2), tl.reshape(count.to(tl.float32), [1, P.tile]))
     store_means(lfc_ptr + outer * (P.means * P.channels) + channel, bf16_nearest_bits(mean), i, maps, P)
@@ -256,7 +358,8 @@ def partials_kernel(x_ptr, lfc_ptr, partials_ptr, outers, parts, tiles, P: tl.co
     outer, channel, maps = own_maps(tl.program_id(0) // parts, outers, P)
     x_ptr += outer * (P.pixels * P.channels) + channel
     lfc_ptr += outer * (P.means * P.channels) + channel
-    a, b, c, d = scan(x_ptr, lfc_ptr, part * tiles, tl.minimum((part + 1) * tiles, P.tiles), maps, P)
+    lanes = scan(x_ptr, lfc_ptr, part * tiles, tl.minimum((part + 1) * tiles, P.tiles), maps, P)
+    a, b, c, d = of_maps(lanes, P)
     map = tl.arange(0, P.maps)
     size = outers.to(tl.int64) * P.channels * parts
     partials_ptr += (outer * P.channels + channel + map) * parts + part
@@ -283,7 +386,7 @@ def _scale_of_parts(ptr, parts, first, maps, size, P: tl.constexpr, PARTS: tl.co
 
 @triton.jit
 def errors_kernel(x_ptr, lfc_ptr, partials_ptr, errors_ptr, outers, parts, tiles, P: tl.constexpr, PARTS: tl.constexpr):
-    """Expected errors of the same parts, with and without means, to errors [2, maps, parts]."""
+    """Expected errors of the sampled rows of the same parts, with and without means, to errors [2, maps, parts]."""
     part = tl.program_id(0) % parts
     outer, channel, maps = own_maps(tl.program_id(0) // parts, outers, P)
     first, size = outer * P.channels + channel, outers.to(tl.int64) * P.channels * parts
@@ -292,7 +395,7 @@ def errors_kernel(x_ptr, lfc_ptr, partials_ptr, errors_ptr, outers, parts, tiles
     x_ptr += outer * (P.pixels * P.channels) + channel
     lfc_ptr += outer * (P.means * P.channels) + channel
     last = tl.minimum((part + 1) * tiles, P.tiles)
-    with_means, without = scan_errors(x_ptr, lfc_ptr, part * tiles, last, maps, rest, plain, P)
+    with_means, without = sum_of_maps(scan_errors(x_ptr, lfc_ptr, part * tiles, last, maps, rest, plain, P))
     map = tl.arange(0, P.maps)
     errors_ptr += (first + map) * parts + part
     tl.store(errors_ptr, with_means, mask=map < maps)

@@ -1,25 +1,30 @@
 """Device code of DIVISION, second half: codes, made and decoded in memory order, and the kernel that does all at once.
 
-Threads own neighbours: an "eight", whose elements share a draw of noise and whose codes fill whole bytes.
+Threads own neighbours: an "eight", whose codes fill whole bytes, or the two eights of a "sixteen", which share a draw of 8-bit noise
+(noise.py). A load takes 16 bytes of an eight.
 """
 
-from .bits import pack8
+from .bits import load8, load_at, pack8, store_words, unpack_at
 from .division_tiles import (
     better,
     block_of,
-    errors,
+    errors_at,
     extremes,
     leave_out,
+    no_errors,
+    no_extremes,
+    of_maps,
     own_maps,
     scale_of,
     scan,
     scan_errors,
     store_means,
     store_scale,
+    sum_of_maps,
     tile,
 )
 from .launch import tl, triton
-from .noise import uniform8
+from .noise import draws
 from .rounding import bf16_value, saturate
 
 
@@ -38,6 +43,8 @@ def _parameters(pointers, first, limit, P: tl.constexpr, LANES: tl.constexpr):
     first < limit, the number of elements."""
     lfc_ptr, low_ptr, scale_ptr = pointers
     if P.in_row:
+        if first.dtype == tl.int32:
+            first = first.to(tl.uint32)  # divides faster
         pixel, channel, lane = first // P.channels, first % P.channels, tl.arange(0, LANES)[None, :]
         outer, block = pixel // P.pixels, block_of(pixel % P.pixels, P)
         mean = _fp32(lfc_ptr, ((outer * P.means + block) * P.channels + channel)[:, None] + lane)
@@ -118,56 +125,89 @@ def _spread(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _load(x_ptr, first, limit, LANES: tl.constexpr, WHOLE: tl.constexpr):
-    element = first[:, None] + tl.arange(0, LANES)[None, :]
-    if WHOLE:
-        return tl.load(x_ptr + element)
-    else:
-        return tl.load(x_ptr + element, mask=element < limit, other=0.0)
-
-
-@triton.jit
-def _load_eights(x_ptr, first, limit, WHOLE: tl.constexpr):
-    """[T] -> fp32 [T, 8], each eight with one thread: fp32 in halves, of 16 bytes as a thread loads them."""
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 32:
-        x = tl.join(_load(x_ptr, first, limit, 4, WHOLE), _load(x_ptr, first + 4, limit, 4, WHOLE))
-        return tl.reshape(tl.permute(x, (0, 2, 1)), [first.shape[0], 8])
-    else:
-        return _load(x_ptr, first, limit, 8, WHOLE).to(tl.float32)
-
-
-@triton.jit
-def _encode_eights(x_ptr, pointers, codes_ptr, seed, eight, first, exists, limit, P: tl.constexpr):
-    """Codes of the eights that begin at elements first [T]. Pointers are to the first of `limit` elements, of maps that all begin there;
-    `eight` is its number in the whole tensor."""
-    if P.whole:
-        at = tl.minimum(first // 8, limit // 8 - 1) * 8  # written so that the compiler sees the alignment
-    else:
-        at = tl.minimum(first, limit - 1)
-    mean, low, inverse = _parameters(pointers, at, limit, P, 8)
-    x = _load_eights(x_ptr, at if P.whole else first, limit, P.whole)
-    steps = (x - mean - low) * inverse + uniform8(seed, eight + first // 8)
+def _codes(x, mean, low, inverse, noise, first, limit, P: tl.constexpr):
+    """uint32 [T, 8], of elements from first [T] on; what is past the limit, 0."""
+    steps = (x - mean - low) * inverse + noise
     steps = tl.minimum(steps, 2.0**P.bits - 1, propagate_nan=tl.PropagateNan.ALL)
     if not P.whole:  # what fills the last byte is 0
         steps = tl.where(first[:, None] + tl.arange(0, 8)[None, :] < limit, steps, 0.0)
-    codes = steps.to(tl.uint32)  # cuts off: floor, as there is no sign; NaN becomes 0
-    if not P.whole:
-        byte = (first // 8)[:, None] * P.bits + tl.arange(0, P.bits)[None, :]
-        tl.store(codes_ptr + byte, pack8(codes, P.bits), mask=exists[:, None] & (byte * 8 < limit * P.bits))
-    elif P.bits == 8:
-        words = tl.sum(tl.reshape(codes, [first.shape[0], 2, 4]) << (8 * tl.arange(0, 4))[None, None, :], axis=2)
-        word = first[:, None] // 4 + tl.arange(0, 2)[None, :]
-        tl.store(codes_ptr.to(tl.pointer_type(tl.uint32)) + word, words, mask=exists[:, None])
+    return steps.to(tl.uint32)  # cuts off: floor, as there is no sign; NaN becomes 0
+
+
+@triton.jit
+def _store_codes(codes_ptr, codes, first, exists, limit, P: tl.constexpr):
+    """Codes of P.lanes elements from first [T] on, one or two eights, to where they belong."""
+    EIGHTS: tl.constexpr = P.lanes // 8
+    if P.whole:
+        store_words(codes_ptr, codes, first, exists, P.bits)
     else:
-        WORD: tl.constexpr = tl.uint8 if P.bits == 1 else tl.uint16 if P.bits == 2 else tl.uint32
-        words = tl.sum(codes << (P.bits * tl.arange(0, 8))[None, :], axis=1).to(WORD)
-        tl.store(codes_ptr.to(tl.pointer_type(WORD)) + first // 8, words, mask=exists)
+        for e in tl.static_range(EIGHTS):
+            byte = (first // 8 + e)[:, None] * P.bits + tl.arange(0, P.bits)[None, :]
+            tl.store(codes_ptr + byte, pack8(codes[e], P.bits), mask=exists[:, None] & (byte * 8 < limit * P.bits))
+
+
+@triton.jit
+def _encode_neighbours(x_ptr, pointers, codes_ptr, seed, start, first, exists, limit, P: tl.constexpr):
+    """Codes of the P.lanes neighbours that begin at elements first [T]. Pointers are to the first of `limit` elements, of maps that all
+    begin there; `start` is its number in the whole tensor."""
+    EIGHTS: tl.constexpr = P.lanes // 8
+    if P.whole:
+        # written so that the compiler sees the alignment
+        at = tl.minimum(first // P.lanes, limit // P.lanes - 1) * P.lanes
+    else:
+        at = first
+    noise = draws(seed, start, first, P.bits, EIGHTS)
+    codes = ()
+    for e in tl.static_range(EIGHTS):
+        known = at + 8 * e if P.whole else tl.minimum(at + 8 * e, limit - 1)
+        mean, low, inverse = _parameters(pointers, known, limit, P, 8)
+        x = load8(x_ptr, at + 8 * e, limit, P.whole)
+        codes = codes + (_codes(x, mean, low, inverse, noise[e], first + 8 * e, limit, P),)  # noqa: RUF005
+    _store_codes(codes_ptr, codes, first, exists, limit, P)
+
+
+@triton.jit
+def _eight(ptr, at):
+    """fp32 [T, 8] from each of `at` on, 16 bytes a load; of int16 the bf16 whose bits these are."""
+    if ptr.dtype.element_ty == tl.int16:
+        return bf16_value(load_at(ptr, at, 0, 8, True))
+    else:
+        return load8(ptr, at, 0, True)
+
+
+@triton.jit
+def _encode_channels(x_ptr, pointers, codes_ptr, seed, start, channel, P: tl.constexpr):
+    """Codes of P.maps channels from `channel` on, P.lanes a thread, always the same ones, whose low and inverse it looks up once."""
+    lfc_ptr, low_ptr, inverse_ptr = pointers
+    EIGHTS: tl.constexpr = P.lanes // 8
+    PER_PIXEL: tl.constexpr = P.maps // P.lanes
+    index = tl.arange(0, P.threads)
+    own = channel + index % PER_PIXEL * P.lanes
+    there = own < P.channels
+    if P.partial:
+        own = tl.minimum(own // P.lanes, P.channels // P.lanes - 1) * P.lanes
+    low, inverse = (), ()
+    for e in tl.static_range(EIGHTS):
+        low = low + (_eight(low_ptr, own + 8 * e),)  # noqa: RUF005
+        inverse = inverse + (_eight(inverse_ptr, own + 8 * e),)  # noqa: RUF005
+    for i in range(0, P.pixels, P.threads // PER_PIXEL):
+        pixel = (i + index // PER_PIXEL).to(tl.uint32)  # divides faster
+        exists = there & (pixel < P.pixels)
+        pixel = tl.minimum(pixel, P.pixels - 1)
+        first = pixel.to(tl.int32) * P.channels + own
+        block = block_of(pixel, P).to(tl.int32) * P.channels + own
+        noise = draws(seed, start, first, P.bits, EIGHTS)
+        codes = ()
+        for e in tl.static_range(EIGHTS):
+            mean, x = _eight(lfc_ptr, block + 8 * e), _eight(x_ptr, first + 8 * e)
+            codes = codes + (_codes(x, mean, low[e], inverse[e], noise[e], first, 0, P),)  # noqa: RUF005
+        _store_codes(codes_ptr, codes, first, exists, 0, P)
 
 
 @triton.jit
 def encode_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, step_ptr, inverse_ptr, outers, P: tl.constexpr):
-    """Some maps a program, from their means to their codes. The last tile stays in registers, the others are read once more for the
-    expected errors; all is read once more, from a cache, for the codes."""
+    """Some maps a program, from their means to their codes. The sampled rows are read once more for expected errors, and all once more
+    for the codes, from a cache."""
     LAST: tl.constexpr = P.tiles - 1
     outer, channel, maps = own_maps(tl.program_id(0), outers, P)
     x_ptr += outer * (P.pixels * P.channels)
@@ -175,42 +215,44 @@ def encode_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, step_ptr, invers
     low_ptr += outer * P.channels
     inverse_ptr += outer * P.channels
     own_x_ptr, own_lfc_ptr = x_ptr + channel, lfc_ptr + channel
-    a, b, c, d = scan(own_x_ptr, own_lfc_ptr, 0, LAST, maps, P)
-    x, inside, mean = tile(own_x_ptr, LAST, maps, P)
-    e, f, g, h = extremes(x, mean, P)
-    scale = scale_of(tl.maximum(a, e), tl.maximum(b, f), P)
+    if LAST > 0:
+        lanes = scan(own_x_ptr, own_lfc_ptr, 0, P.tiles, maps, P)
+    else:
+        x, total, mean = tile(own_x_ptr, 0, maps, P)
+        lanes = extremes(no_extremes(P), x, total, mean, P)
+    a, b, c, d = of_maps(lanes, P)
+    scale = scale_of(a, b, P)
     if P.auto:
-        plain = scale_of(tl.maximum(c, g), tl.maximum(d, h), P)
-        with_means, without = errors(x, inside, mean, LAST, scale, plain, P)
-        more_with, more_without = scan_errors(own_x_ptr, own_lfc_ptr, 0, LAST, maps, scale, plain, P)
-        is_plain, scale = better(with_means + more_with, without + more_without, scale, plain)
-        mean = tl.where(is_plain[:, None], 0, mean)
+        plain = scale_of(c, d, P)
         if LAST > 0:
-            tl.debug_barrier()  # other threads stored them
-            leave_out(own_lfc_ptr, is_plain, LAST, maps, P)
-    store_means(own_lfc_ptr, mean, LAST, maps, P)
+            tl.debug_barrier()  # means that other threads stored are read from here on
+            lanes = scan_errors(own_x_ptr, own_lfc_ptr, 0, P.tiles, maps, scale, plain, P)
+        else:
+            lanes = errors_at(no_errors(P), own_x_ptr, mean, 0, maps, scale, plain, P)
+        with_means, without = sum_of_maps(lanes)
+        is_plain, scale = better(with_means, without, scale, plain)
+        if LAST > 0:
+            tl.debug_barrier()
+            leave_out(own_lfc_ptr, is_plain, P.tiles, maps, P)
+        else:
+            mean = tl.where(is_plain[:, None], 0, mean)
+    if LAST == 0:
+        store_means(own_lfc_ptr, mean, 0, maps, P)
     store_scale(low_ptr, step_ptr + outer * P.channels, inverse_ptr, scale, channel, maps, P)
 
     if P.codes:
         tl.debug_barrier()  # what other threads stored is read from here on
         pointers = lfc_ptr, low_ptr, inverse_ptr
         seed = tl.load(seed_ptr)
-        eight = outer * (P.pixels * P.channels) // 8
-        codes_ptr += eight * P.bits
-        index = tl.arange(0, P.threads)
+        start = outer * (P.pixels * P.channels)
+        codes_ptr += start // 8 * P.bits
         if P.channels == 1:
             limit = maps * P.pixels
-            for i in range(0, (P.maps * P.pixels + 7) // 8, P.threads):
-                first = (i + index) * 8
-                _encode_eights(x_ptr, pointers, codes_ptr, seed, eight, first, first < limit, limit, P)
+            for i in range(0, (P.maps * P.pixels + P.lanes - 1) // P.lanes, P.threads):
+                first = (i + tl.arange(0, P.threads)) * P.lanes
+                _encode_neighbours(x_ptr, pointers, codes_ptr, seed, start, first, first < limit, limit, P)
         else:
-            PER_PIXEL: tl.constexpr = P.maps // 8
-            limit = P.pixels * P.channels
-            for i in range(0, P.pixels * PER_PIXEL, P.threads):
-                pixel, own = (i + index) // PER_PIXEL, channel + (i + index) % PER_PIXEL * 8
-                exists = (pixel < P.pixels) & (own < P.channels)
-                first = tl.minimum(pixel, P.pixels - 1) * P.channels + tl.minimum(own, P.channels - 8)
-                _encode_eights(x_ptr, pointers, codes_ptr, seed, eight, first, exists, limit, P)
+            _encode_channels(x_ptr, pointers, codes_ptr, seed, start, channel, P)
 
 
 @triton.jit
@@ -229,27 +271,13 @@ def _unit(outers, chunk, P: tl.constexpr):
 @triton.jit
 def codes_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, inverse_ptr, outers, P: tl.constexpr):
     """Codes in memory order, from finished means, low and step."""
-    outer, start, limit = _unit(outers, P.threads * 8, P)
-    eight, map = outer * (P.pixels * P.channels) // 8, outer * P.channels
+    outer, chunk, limit = _unit(outers, P.threads * P.lanes, P)
+    start, map = outer * (P.pixels * P.channels), outer * P.channels
     pointers = lfc_ptr + map * P.means, low_ptr + map, inverse_ptr + map
-    first = start + tl.arange(0, P.threads) * 8
+    first = chunk + tl.arange(0, P.threads) * P.lanes
     seed = tl.load(seed_ptr)
-    _encode_eights(x_ptr + eight * 8, pointers, codes_ptr + eight * P.bits, seed, eight, first, first < limit, limit, P)
-
-
-@triton.jit
-def _unpack(ptr, first, limit, BITS: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr):
-    """Codes of LANES neighbours from each of `first` on, int32 [T, LANES]; ptr[0] holds that of element 0."""
-    BYTES: tl.constexpr = (LANES * BITS + 7) // 8
-    byte = (first * BITS // 8)[:, None] + tl.arange(0, BYTES)[None, :]
-    if WHOLE:
-        packed = tl.load(ptr + byte).to(tl.int32)
-    else:
-        packed = tl.load(ptr + byte, mask=byte * 8 < limit * BITS, other=0).to(tl.int32)
-    if LANES * BITS < 8:  # half a byte
-        packed = packed >> (first % 8)[:, None]
-    shift = tl.arange(0, LANES // BYTES) * BITS
-    return tl.reshape(packed[:, :, None] >> shift[None, None, :], [first.shape[0], LANES]) & (2**BITS - 1)
+    codes_ptr += start // 8 * P.bits
+    _encode_neighbours(x_ptr + start, pointers, codes_ptr, seed, start, first, first < limit, limit, P)
 
 
 @triton.jit
@@ -265,9 +293,9 @@ def decode_kernel(lfc_ptr, codes_ptr, low_ptr, step_ptr, mask_ptr, x_ptr, outers
     pointers = lfc_ptr + map * P.means, low_ptr + map, step_ptr + map
     mean, low, step = _parameters(pointers, at, limit, P, LANES)
     at = at if P.whole else first
-    codes = _unpack(codes_ptr + base // 8 * P.bits, at, limit, P.bits, LANES, P.whole)
+    codes = unpack_at(codes_ptr + base // 8 * P.bits, at, (limit * P.bits + 7) // 8, P.bits, LANES, P.whole)
     x = saturate(codes.to(tl.float32) * step + low + mean, x_ptr.dtype.element_ty)
     if mask_ptr is not None:
-        x = tl.where(_unpack(mask_ptr + base // 8, at, limit, 1, LANES, P.whole) != 0, x, 0.0)
+        x = tl.where(unpack_at(mask_ptr + base // 8, at, (limit + 7) // 8, 1, LANES, P.whole) != 0, x, 0.0)
     element = first[:, None] + tl.arange(0, LANES)[None, :]
     tl.store(x_ptr + base + element, x, mask=(first < limit)[:, None] if P.whole else element < limit)

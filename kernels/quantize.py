@@ -32,7 +32,7 @@ from .bits import BITS, pack, packed_bytes, unpack
 from .groups import GROUPINGS, LARGEST, Cut, cut
 from .launch import cdiv, next_power_of_2
 from .layout import dense_as, is_channels_last
-from .noise import Source, uniform_from, uniform_reference
+from .noise import Source, noise_bits, uniform_from, uniform_reference
 from .rounding import bf16_ceil, bf16_floor, finite, poison, saturated
 
 _PART = 8192  # elements of the parts in which larger ones are measured
@@ -134,9 +134,8 @@ def encode_triton(
         coded = (_encode_rows if where.channels == 1 else _encode_maps)(*arguments, where, bits, config)
     if not coded:
         grid = (cdiv(x.numel(), config["TILE"]),)
-        launch.run(
-            kernels.codes_kernel, grid, *arguments, x.numel(), codes.numel(), **_over_memory(where, bits, config)
-        )
+        options = _over_memory(where, bits, config) | {"EIGHTS": config["TILE"] // 8}
+        launch.run(kernels.codes_kernel, grid, *arguments, x.numel(), codes.numel(), **options)
     return code
 
 
@@ -164,12 +163,13 @@ def _encode_rows(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
 def _aligned(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
     """Grid, sizes and options of the kernel for rows whose groups are whole eights."""
     config = dict(config)
-    eights = next_power_of_2(where.size // 8)
-    groups = max(config["TILE"] // (8 * eights), 1)
+    eights = _eights(bits, where.size, where.length)
+    slots = next_power_of_2(where.size // (8 * eights))
+    groups = max(config["TILE"] // (8 * eights * slots), 1)
     programs = cdiv(where.per_row, groups)
-    lanes = max(eights // _loads_a_thread(16 // itemsize, config), 1)
-    tile = {"SIZE": where.size, "BITS": bits, "GROUPS": groups, "EIGHTS": eights, "LANES": lanes}
-    options = {**tile, **_options(config, groups * eights * 8)}
+    lanes = max(slots // _loads_a_thread(8 * eights, config), 1)
+    tile = {"SIZE": where.size, "BITS": bits, "GROUPS": groups, "SLOTS": slots, "LANES": lanes, "EIGHTS": eights}
+    options = {**tile, **_options(config, groups * slots * eights * 8)}
     return (where.rows * programs,), (programs, where.per_row, where.length), options
 
 
@@ -206,7 +206,8 @@ def _encode_maps(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
     """low and step of groups that are channels, and codes, if these are a multiple of eight. Are they coded? That is returned."""
     aligned = where.channels % 8 == 0
     grid, sizes, options = _maps(where, x.itemsize, bits, tuple(config.items()))
-    launch.run(kernels.maps_kernel, grid, x, seed, codes if aligned else None, low, step, *sizes, **options)
+    inverse = torch.empty(low.shape if aligned else 0, dtype=torch.float32, device=x.device)
+    launch.run(kernels.maps_kernel, grid, x, seed, codes if aligned else None, low, step, inverse, *sizes, **options)
     return aligned
 
 
@@ -216,7 +217,8 @@ def _maps(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[in
     config, channels = dict(config), _channels_a_program(where, itemsize)
     programs = cdiv(where.channels, channels)
     tile = {"SIZE": where.size, "PIXELS": config["TILE"] // channels, "CHANNELS": channels}
-    options = {"BITS": bits, **tile, "ALIGNED": where.channels % 8 == 0, **_options(config)}
+    tile |= {"ALIGNED": where.channels % 8 == 0, "EIGHTS": _eights(bits, where.channels, channels)}
+    options = {"BITS": bits, **tile, **_options(config)}
     return (where.rows * programs,), (programs, where.channels), options
 
 
@@ -243,14 +245,15 @@ def _decoding(
     where: Cut, itemsize: int, count: int, bits: int, config: tuple
 ) -> tuple[Any, tuple[int], tuple[int, ...], launch.Config]:
     """Kernel, grid, sizes and options to decode `count` elements."""
-    config = dict(config)
+    config, lanes = dict(config), 16 // itemsize
     if where.channels % 8:
         sizes, options = (count, packed_bytes(count, bits)), _over_memory(where, bits, config)
+        options |= {"SLOTS": config["TILE"] // lanes, "LANES": lanes, "SHARE": min(options["SHARE"], lanes)}
         return kernels.decode_kernel, (cdiv(count, config["TILE"]),), sizes, options
     channels = _channels_a_program(where, itemsize)
     programs, pixels = cdiv(where.channels, channels), config["TILE"] // channels
     blocks = cdiv(where.size, pixels)
-    options = {"BITS": bits, "PIXELS": pixels, "CHANNELS": channels, **_options(config)}
+    options = {"BITS": bits, "PIXELS": pixels, "CHANNELS": channels, "LANES": lanes, **_options(config)}
     sizes = (blocks, programs, where.size, where.channels)
     return kernels.decode_maps_kernel, (where.rows * blocks * programs,), sizes, options
 
@@ -283,7 +286,12 @@ def _over_memory(where: Cut, bits: int, config: launch.Config) -> dict[str, int 
     if where.channels == 1 and where.length % where.size == 0:
         per_row, where = 1, where._replace(length=where.size)
     geometry = {"LENGTH": where.length, "SIZE": where.size, "PER_ROW": per_row, "CHANNELS": where.channels}
-    return {**geometry, "BITS": bits, "EIGHTS": config["TILE"] // 8, "SHARE": _sharing(where), **_options(config)}
+    return {**geometry, "BITS": bits, "SHARE": _sharing(where), **_options(config)}
+
+
+def _eights(bits: int, *sizes: int) -> int:
+    """Eights that a thread codes: two, which share a draw of noise, where that is of 8 bits and all `sizes` are whole pairs."""
+    return 2 if noise_bits(bits) == 8 and math.gcd(*sizes) % 16 == 0 else 1
 
 
 def _loads_a_thread(elements: int, config: launch.Config) -> int:
@@ -388,7 +396,7 @@ def _check(grouping: str, size: int, bits: int) -> None:
 def _case_reference(x: Tensor, seed: Tensor, *how: object) -> Code:
     """The reference with the noise of the kernel."""
     noise = torch.empty_like(x, dtype=torch.float32)
-    _in_memory_order(noise, is_channels_last(x)).copy_(uniform_reference(int(seed), x.numel()))
+    _in_memory_order(noise, is_channels_last(x)).copy_(uniform_reference(int(seed), x.numel(), noise_bits(how[-1])))
     return encode_reference(x, noise, *how)
 
 
@@ -401,8 +409,11 @@ def _encode_moved(x: Tensor, seed: Tensor | None, grouping: str, size: int, bits
     once, where = _encode_floor(x, seed, grouping, size, bits), cut(x.shape, is_channels_last(x), grouping, size)
     if where.channels > 1:
         channels = _channels_a_program(where, x.itemsize)
-        on_chip = channels * (where.size * x.itemsize + 4) + packed_bytes(where.size * channels, bits)
-        return once + (launch.nbytes(x) if on_chip > 96 * 1024 else 0)
+        coded = where.channels % 8 == 0
+        once += 4 * where.groups * coded  # inverses of steps
+        on_chip = channels * (where.size * x.itemsize + 8) + packed_bytes(where.size * channels, bits)
+        again = launch.nbytes(x) + 6 * where.groups * coded
+        return once + (again if on_chip > 96 * 1024 else 0)
     if where.size > LARGEST:  # x again, and bounds of parts written and read
         return once + launch.nbytes(x) + 16 * where.rows * cdiv(where.size, _PART) + 4 * _seen(where)
     return once

@@ -1,12 +1,13 @@
 """Device code of group quantisation; what it computes, and when which kernel runs, is in quantize.py.
 
-"Eight": eight elements next to each other in memory, counted from the first element of the tensor. They share a draw of noise, and
-their codes fill whole bytes. low and step are bf16, passed as int16.
+"Eight": eight elements next to each other in memory, counted from the first element of the tensor, whose codes fill whole bytes. One
+thread holds them, as it loads them and as it packs them: nothing goes through shared memory in between. Two eights next to each other share
+a draw of 8-bit noise (noise.py). low and step are bf16, passed as int16.
 """
 
-from .bits import pack8, unpack8
+from .bits import load8, load_at, pack8, store_words, unpack_at
 from .launch import tl, triton
-from .noise import uniform8
+from .noise import draws
 from .rounding import bf16_ceil_bits, bf16_floor_bits, bf16_value, finite_bits, saturate
 
 
@@ -29,21 +30,27 @@ def _inverse(step):
 
 
 @triton.jit
-def _packed_codes(steps, seed_ptr, eight, BITS: tl.constexpr):
-    """Differences in steps, fp32 [K, 8], of the eights `eight`, int64 [K] -> uint8 [K, BITS]. NaN gives the greatest code."""
-    if seed_ptr is None:
-        steps += 0.5
-    else:
-        steps += uniform8(tl.load(seed_ptr), eight)
-    codes = tl.minimum(steps, 2.0**BITS - 1).to(tl.int32)  # converting cuts off: floor, as there is no sign
-    return pack8(codes, BITS)
+def _codes(steps, noise, BITS: tl.constexpr):
+    """Differences in steps, fp32 [K, 8], and noise -> uint32. NaN gives the greatest code."""
+    return tl.minimum(steps + noise, 2.0**BITS - 1).to(tl.uint32)  # converting cuts off: floor, as there is no sign
 
 
 @triton.jit
-def _store_codes(codes_ptr, packed, eight, mask, BITS: tl.constexpr, total):
-    """uint8 [K, BITS] to where the eights [K] lie; mask [K]; total: bytes in all, since the last eight may be incomplete."""
+def _noise(seed_ptr, start, first, BITS: tl.constexpr, EIGHTS: tl.constexpr):
+    """Of EIGHTS eights from each element start + first on, a tuple of what is added to [K, 8]."""
+    if seed_ptr is not None:
+        return draws(tl.load(seed_ptr), start, first, BITS, EIGHTS)
+    elif EIGHTS == 2:
+        return 0.5, 0.5
+    else:
+        return (0.5,)
+
+
+@triton.jit
+def _store_codes(codes_ptr, codes, eight, mask, BITS: tl.constexpr, total):
+    """uint32 [K, 8] to where the eights [K] lie; mask [K]; total: bytes in all, since the last eight may be incomplete."""
     byte = eight[:, None] * BITS + tl.arange(0, BITS)[None, :]
-    tl.store(codes_ptr + byte, packed, mask=mask[:, None] & (byte < total))
+    tl.store(codes_ptr + byte, pack8(codes, BITS), mask=mask[:, None] & (byte < total))
 
 
 @triton.jit
@@ -59,32 +66,48 @@ def aligned_kernel(
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    SLOTS: tl.constexpr,
     LANES: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):
-    """Groups of consecutive elements that begin and end on eights: read once. `programs` a row, each GROUPS groups of EIGHTS or less.
+    """Groups of consecutive elements that begin and end on slots of EIGHTS eights, one or two: read once. `programs` a row, each GROUPS
+    groups of SLOTS or less.
 
-    In the tile, LANES eights of the first group are followed by as many of the second, and so on; then come the next of the first. So a
-    thread, which holds elements that are far apart, holds them of one group: little is left to do across threads and per group."""
+    In the tile, LANES slots of the first group are followed by as many of the second, and so on; then come the next of the first. So a
+    thread, which holds slots that are far apart, holds them of one group: little is left to do across threads and per group."""
+    SLOT: tl.constexpr = 8 * EIGHTS
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs).to(tl.int64) * GROUPS  # group of the row
-    slot = tl.arange(0, GROUPS * EIGHTS)
+    slot = tl.arange(0, GROUPS * SLOTS)
     k = first + slot // LANES % GROUPS
-    within = (slot // (GROUPS * LANES) * LANES + slot % LANES) * 8  # element of the group
+    within = (slot // (GROUPS * LANES) * LANES + slot % LANES) * SLOT  # element of the group
     own = (k < per_row) & (within < SIZE) & (k * SIZE + within < length)
     # What is past the end repeats what is before it: nothing to mask in what follows.
-    start = tl.minimum(k * SIZE + tl.minimum(within, SIZE - 8), length - 8)
-    eight = row * (length // 8) + start // 8
-    x = tl.load(x_ptr + eight[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.float32)
-    x = tl.reshape(x, [EIGHTS // LANES, GROUPS, LANES * 8])
-    low, step = _statistics(tl.min(x, 0), tl.max(x, 0), tl.sum(x - x, 0), 1, BITS)
+    start = tl.minimum(k * SIZE + tl.minimum(within, SIZE - SLOT), length - SLOT)
+    at = (row * (length // SLOT) + start // SLOT) * SLOT
+    x = ()
+    for e in tl.static_range(EIGHTS):
+        x = x + (load8(x_ptr, at + 8 * e, 0, True),)  # noqa: RUF005 - Triton has no unpacking
+    low, high, zero = x[0], x[0], x[0] - x[0]
+    if EIGHTS == 2:
+        low, high, zero = tl.minimum(low, x[1]), tl.maximum(high, x[1]), zero + (x[1] - x[1])
+    low, high = tl.min(_by_group(low, GROUPS, SLOTS, LANES), 0), tl.max(_by_group(high, GROUPS, SLOTS, LANES), 0)
+    low, step = _statistics(low, high, tl.sum(_by_group(zero, GROUPS, SLOTS, LANES), 0), 1, BITS)
     k = first + tl.arange(0, GROUPS)
     tl.store(low_ptr + row * per_row + k, low, mask=k < per_row)
     tl.store(step_ptr + row * per_row + k, step, mask=k < per_row)
-    steps = (x - bf16_value(low)[None, :, None]) * _inverse(step)[None, :, None]
-    packed = _packed_codes(tl.reshape(steps, [GROUPS * EIGHTS, 8]), seed_ptr, eight, BITS)
-    byte = eight[:, None] * BITS + tl.arange(0, BITS)[None, :]
-    tl.store(codes_ptr + byte, packed, mask=own[:, None])
+    low, inverse = bf16_value(low)[None, :, None], _inverse(step)[None, :, None]
+    noise = _noise(seed_ptr, row * 0, at, BITS, EIGHTS)
+    codes = ()
+    for e in tl.static_range(EIGHTS):
+        steps = tl.reshape((_by_group(x[e], GROUPS, SLOTS, LANES) - low) * inverse, [GROUPS * SLOTS, 8])
+        codes = codes + (_codes(steps, noise[e], BITS),)  # noqa: RUF005
+    store_words(codes_ptr, codes, at, own, BITS)
+
+
+@triton.jit
+def _by_group(x, GROUPS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr):
+    return tl.reshape(x, [SLOTS // LANES, GROUPS, LANES * 8])
 
 
 @triton.jit
@@ -132,12 +155,13 @@ def rows_kernel(
         eight = first * SIZE // 8 + local
         element = eight[:, None] * 8 + tl.arange(0, 8)[None, :]
         own = local < GROUPS * SIZE // 8
-        there = own[:, None] & (element < length)
-        x = tl.load(x_ptr + element, mask=there, other=0.0).to(tl.float32)
+        end = tl.minimum(first * SIZE + GROUPS * SIZE, length)
+        there = element < end
+        x = load8(x_ptr, eight * 8, end, False)
         steps = (tl.reshape(x, [EIGHTS, 8 // SHARE, SHARE]) - own_low) * own_inverse
         steps = tl.where(there, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # what fills up the last byte has code 0
-        packed = _packed_codes(steps, seed_ptr, eight, BITS)
-        _store_codes(codes_ptr, packed, eight, own, BITS, total)
+        codes = _codes(steps, _noise(seed_ptr, row * 0, eight * 8, BITS, 1)[0], BITS)
+        _store_codes(codes_ptr, codes, eight, own, BITS, total)
 
 
 @triton.jit
@@ -166,6 +190,7 @@ def maps_kernel(
     codes_ptr,
     low_ptr,
     step_ptr,
+    inverse_ptr,
     programs,
     channels,
     SIZE: tl.constexpr,
@@ -173,9 +198,11 @@ def maps_kernel(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):
     """Groups that are channels of x [rows, SIZE, channels]: CHANNELS of one row a program, read twice, the second time from a
-    cache as long as they fit. Codes only where channels are a multiple of eight, ALIGNED."""
+    cache as long as they fit. Codes only where channels are a multiple of eight, ALIGNED. A thread codes EIGHTS eights, one or, where
+    channels are a multiple of sixteen, two. inverse: fp32, scratch memory for what differences are multiplied with."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs) * CHANNELS
     if ALIGNED:
@@ -183,7 +210,8 @@ def maps_kernel(
     channel = first + tl.arange(0, CHANNELS)
     pixel = tl.arange(0, PIXELS)
     there = (channel < channels)[None, :]
-    x_ptr += row * SIZE * channels
+    start = row * SIZE * channels
+    x_ptr += start
     low = tl.full([PIXELS, CHANNELS], float("inf"), tl.float32)
     high = -low
     for p in range(0, SIZE, PIXELS):
@@ -193,22 +221,37 @@ def maps_kernel(
         low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
     low, step = _statistics(low, high, (low - low) + (high - high), 0, BITS)
-    tl.store(low_ptr + row * channels + channel, low, mask=channel < channels)
-    tl.store(step_ptr + row * channels + channel, step, mask=channel < channels)
+    low_ptr += row * channels
+    step_ptr += row * channels
+    tl.store(low_ptr + channel, low, mask=channel < channels)
+    tl.store(step_ptr + channel, step, mask=channel < channels)
     if codes_ptr is not None:
-        inverse = _inverse(step)[None, :]
-        low = bf16_value(low)[None, :]
-        slot = tl.arange(0, PIXELS * CHANNELS // 8)
-        slot_pixel, slot_eight = slot // (CHANNELS // 8), first // 8 + slot % (CHANNELS // 8)
+        SLOT: tl.constexpr = 8 * EIGHTS
+        SLOTS: tl.constexpr = CHANNELS // SLOT  # of a pixel
+        inverse_ptr += row * channels
+        tl.store(inverse_ptr + channel, _inverse(step), mask=channel < channels)
+        tl.debug_barrier()  # what other threads stored is read from here on
+        codes_ptr += start // 8 * BITS
+        if ALIGNED and EIGHTS == 2:
+            channels = channels // 16 * 16
+        # Slots past the last channel repeat the last slot; they are not stored.
+        channel = tl.minimum((first + tl.arange(0, SLOTS) * SLOT) // SLOT, channels // SLOT - 1) * SLOT
+        own = first + tl.arange(0, SLOTS) * SLOT < channels
+        low, inverse = (), ()
+        for e in tl.static_range(EIGHTS):
+            low = low + (bf16_value(load_at(low_ptr, channel + 8 * e, 0, 8, True))[None, :, :],)  # noqa: RUF005
+            inverse = inverse + (load8(inverse_ptr, channel + 8 * e, 0, True)[None, :, :],)  # noqa: RUF005
+        pixel = tl.arange(0, PIXELS)
         for p in range(0, SIZE, PIXELS):
-            at = tl.minimum(p + pixel, SIZE - 1).to(tl.int64)[:, None] * channels + channel[None, :]
-            x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-            steps = tl.reshape((x - low) * inverse, [PIXELS * CHANNELS // 8, 8])
-            eight = (row * SIZE + p + slot_pixel) * (channels // 8) + slot_eight
-            packed = _packed_codes(steps, seed_ptr, eight, BITS)
-            own = (p + slot_pixel < SIZE) & (slot_eight < channels // 8)
-            byte = eight[:, None] * BITS + tl.arange(0, BITS)[None, :]
-            tl.store(codes_ptr + byte, packed, mask=own[:, None])
+            at = tl.minimum(p + pixel, SIZE - 1)[:, None] * channels + channel[None, :]
+            flat = tl.reshape(at, [PIXELS * SLOTS])
+            noise = _noise(seed_ptr, start, flat, BITS, EIGHTS)
+            codes = ()
+            for e in tl.static_range(EIGHTS):
+                steps = (load8(x_ptr, at + 8 * e, 0, True) - low[e]) * inverse[e]
+                codes = codes + (_codes(tl.reshape(steps, [PIXELS * SLOTS, 8]), noise[e], BITS),)  # noqa: RUF005
+            mask = tl.reshape((p + pixel < SIZE)[:, None] & own[None, :], [PIXELS * SLOTS])
+            store_words(codes_ptr, codes, flat, mask, BITS)
 
 
 @triton.jit
@@ -246,7 +289,7 @@ def codes_kernel(
     first = tl.program_id(0).to(tl.int64) * EIGHTS
     local = tl.arange(0, EIGHTS)
     element = (first + local)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    x = tl.load(x_ptr + element, mask=element < count, other=0.0).to(tl.float32)
+    x = load8(x_ptr, (first + local) * 8, count, False)
     own = local[:, None] * 8 + tl.arange(0, 8 // SHARE)[None, :] * SHARE
     group = _group_of(first * 8, own, LENGTH, SIZE, PER_ROW, CHANNELS)
     there = first * 8 + own < count
@@ -254,8 +297,8 @@ def codes_kernel(
     inverse = _inverse(tl.load(step_ptr + group, mask=there, other=0))[:, :, None]
     steps = (tl.reshape(x, [EIGHTS, 8 // SHARE, SHARE]) - low) * inverse
     steps = tl.where(element < count, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # what fills up the last byte has code 0
-    packed = _packed_codes(steps, seed_ptr, first + local, BITS)
-    _store_codes(codes_ptr, packed, first + local, local >= 0, BITS, total)
+    codes = _codes(steps, _noise(seed_ptr, first * 8, local * 8, BITS, 1)[0], BITS)
+    _store_codes(codes_ptr, codes, first + local, local >= 0, BITS, total)
 
 
 @triton.jit
@@ -271,22 +314,22 @@ def decode_kernel(
     PER_ROW: tl.constexpr,
     CHANNELS: tl.constexpr,
     BITS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """x in memory order. SHARE neighbours, of eight, are of one group."""
-    first = tl.program_id(0).to(tl.int64) * EIGHTS
-    local = tl.arange(0, EIGHTS)
-    byte = (first + local)[:, None] * BITS + tl.arange(0, BITS)[None, :]
-    codes = unpack8(tl.load(codes_ptr + byte, mask=byte < total, other=0), BITS).to(tl.float32)
-    own = local[:, None] * 8 + tl.arange(0, 8 // SHARE)[None, :] * SHARE
-    group = _group_of(first * 8, own, LENGTH, SIZE, PER_ROW, CHANNELS)
-    there = first * 8 + own < count
+    """x in memory order, LANES neighbours a thread, 16 bytes; SHARE neighbours of these are of one group."""
+    first = tl.program_id(0).to(tl.int64) * (SLOTS * LANES)
+    local = tl.arange(0, SLOTS) * LANES
+    codes = unpack_at(codes_ptr, first + local, total, BITS, LANES, False).to(tl.float32)
+    own = local[:, None] + tl.arange(0, LANES // SHARE)[None, :] * SHARE
+    group = _group_of(first, own, LENGTH, SIZE, PER_ROW, CHANNELS)
+    there = first + own < count
     step = bf16_value(tl.load(step_ptr + group, mask=there, other=0))[:, :, None]
     low = bf16_value(tl.load(low_ptr + group, mask=there, other=0))[:, :, None]
-    x = saturate(tl.reshape(codes, [EIGHTS, 8 // SHARE, SHARE]) * step + low, x_ptr.dtype.element_ty)
-    element = (first + local)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(x_ptr + element, tl.reshape(x, [EIGHTS, 8]), mask=element < count)
+    x = saturate(tl.reshape(codes, [SLOTS, LANES // SHARE, SHARE]) * step + low, x_ptr.dtype.element_ty)
+    element = (first + local)[:, None] + tl.arange(0, LANES)[None, :]
+    tl.store(x_ptr + element, tl.reshape(x, [SLOTS, LANES]), mask=element < count)
 
 
 @triton.jit
@@ -302,23 +345,26 @@ def decode_maps_kernel(
     BITS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """x [rows, pixels, channels] of groups that are channels, a multiple of eight: PIXELS x CHANNELS of one row a program."""
+    """x [rows, pixels, channels] of groups that are channels, a multiple of eight: PIXELS x CHANNELS of one row a program, LANES
+    neighbours a thread, 16 bytes."""
+    SLOTS: tl.constexpr = CHANNELS // LANES  # of a pixel
     channels = channels // 8 * 8  # tells the compiler
     row = (tl.program_id(0) // (blocks * programs)).to(tl.int64)
     p = tl.program_id(0) // programs % blocks * PIXELS
     first = tl.program_id(0) % programs * CHANNELS
-    slot = tl.arange(0, PIXELS * CHANNELS // 8)
-    slot_pixel, slot_eight = p + slot // (CHANNELS // 8), first // 8 + slot % (CHANNELS // 8)
-    own = (slot_pixel < pixels) & (slot_eight < channels // 8)
-    eight = (row * pixels + slot_pixel) * (channels // 8) + slot_eight
-    byte = eight[:, None] * BITS + tl.arange(0, BITS)[None, :]
-    codes = unpack8(tl.load(codes_ptr + byte, mask=own[:, None], other=0), BITS).to(tl.float32)
-    channel = first + tl.arange(0, CHANNELS)
-    there = channel < channels
-    low = bf16_value(tl.load(low_ptr + row * channels + channel, mask=there, other=0))[None, :]
-    step = bf16_value(tl.load(step_ptr + row * channels + channel, mask=there, other=0))[None, :]
-    x = saturate(tl.reshape(codes, [PIXELS, CHANNELS]) * step + low, x_ptr.dtype.element_ty)
-    pixel = p + tl.arange(0, PIXELS)[:, None]
-    at = (row * pixels + pixel) * channels + channel[None, :]
-    tl.store(x_ptr + at, x, mask=(pixel < pixels) & there[None, :])
+    pixel, channel = p + tl.arange(0, PIXELS), first + tl.arange(0, SLOTS) * LANES
+    own = channel < channels
+    x_ptr += row * pixels * channels
+    codes_ptr += row * pixels * channels // 8 * BITS
+    # Slots past the end repeat another; they are not stored.
+    pixel_at = tl.minimum(pixel, pixels - 1)[:, None].to(tl.int64) * channels
+    codes = unpack_at(codes_ptr, pixel_at + tl.where(own, channel, first)[None, :], 0, BITS, LANES, True).to(tl.float32)
+    lanes = channel[:, None] + tl.arange(0, LANES)[None, :]
+    low = bf16_value(tl.load(low_ptr + row * channels + lanes, mask=own[:, None], other=0))[None, :, :]
+    step = bf16_value(tl.load(step_ptr + row * channels + lanes, mask=own[:, None], other=0))[None, :, :]
+    x = saturate(codes * step + low, x_ptr.dtype.element_ty)
+    there = (pixel < pixels)[:, None] & own[None, :]
+    at = pixel_at + channel[None, :]
+    tl.store(x_ptr + at[:, :, None] + tl.arange(0, LANES)[None, None, :], x, mask=there[:, :, None])

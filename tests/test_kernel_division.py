@@ -153,23 +153,24 @@ def test_a_map_that_holds_what_is_not_finite_decodes_to_nan(lfc, align, dtype, v
 
 @pytest.mark.parametrize("shape", [(4, 8, 14, 14), (2, 8, 28, 28), (2, 8, 9, 13)], ids=str)
 def test_auto_codes_each_map_as_the_better_of_with_and_without_means(shape):
-    """Against the measured error of both, over evenly spread noise; and zeros after a ReLU stay zeros where means are left out."""
+    """Against the measured error of both, over evenly spread noise, in the rows that are compared, every fourth; over whole maps the choice
+    costs little. And zeros after a ReLU stay zeros where means are left out."""
     smooth = torch.nn.functional.interpolate(torch.randn(*shape[:2], 3, 3), size=shape[2:], mode="bicubic")
     x = torch.cat([torch.randn(shape).relu(), smooth + 0.1 * torch.randn(shape)])
 
     def error(**how):
         draws = [code_and_decode(x, torch.full_like(x, (i + 0.5) / 64), 2, **how)[1] for i in range(64)]
-        return torch.stack([(decoded - x).square().mean((2, 3)) for decoded in draws]).mean(0)
+        squares = torch.stack([(decoded - x).square() for decoded in draws]).mean(0)
+        return squares[:, :, ::4].mean((2, 3)), squares.mean((2, 3))
 
-    auto, always, never = (
-        error(lfc="auto"),
-        error(lfc="always"),
-        error(block=max(shape)),
-    )  # one block: a constant per map
-    best = torch.minimum(always, never)
+    # one block: a constant per map
+    rows, maps = zip(error(lfc="auto"), error(lfc="always"), error(block=max(shape)), strict=True)
+    auto, best = rows[0], torch.minimum(*rows[1:])
     assert (auto <= 1.02 * best + 1e-7).all(), (
         f"largest excess {(auto / best).max()}"
     )  # the mean's bf16 rounding moves the grid
+    # the rows that are left out cost less than 1% of squared error, twice what was measured on activations of that size
+    assert maps[0].sum() <= 1.01 * torch.minimum(*maps[1:]).sum()
     code, decoded = code_and_decode(x, torch.rand(x.shape), 2, lfc="auto")
     left_out = (code.lfc == 0).all((2, 3))
     assert left_out[: shape[0]].float().mean() > 0.9 and left_out[shape[0] :].float().mean() < 0.5

@@ -1,5 +1,10 @@
 """Triton kernels of DIVISION against their references."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,9 +45,9 @@ def kernel_of(shape, block):
     return min(block, shape[2]), min(block, shape[3])
 
 
-def noise_for(x):
+def noise_for(x, bits):
     """What the kernel draws, as the reference takes it: fp32 of x's shape."""
-    flat = noise.uniform_reference(SEED, x.numel()).to(x.device)
+    flat = noise.uniform_reference(SEED, x.numel(), noise.noise_bits(bits)).to(x.device)
     if is_channels_last(x):
         n, c, h, w = x.shape
         return flat.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -52,7 +57,7 @@ def noise_for(x):
 def both(x, kernel, bits, align, lfc, config=division.ENCODE_CONFIGS[0]):
     seed = torch.tensor([SEED], device=x.device)
     ours = division.encode_triton(x, seed, kernel, bits, align, lfc, config)
-    return ours, division.encode_reference(x, noise_for(x), kernel, bits, align, lfc)
+    return ours, division.encode_reference(x, noise_for(x, bits), kernel, bits, align, lfc)
 
 
 def assert_same_code(ours, reference):
@@ -306,3 +311,32 @@ def test_compiled_operation_is_the_eager_one():
     compiled = torch.compile(encode, fullgraph=True)(x, seed)
     for name, ours, reference in zip(division.Code._fields, compiled, encode(x, seed), strict=True):
         assert_same(name, ours, reference)
+
+
+ACCESSES = r"""
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+import compile_kernels as aot  # turns the interpreter off, so that this takes a process of its own
+found = {}
+for operation in ("encode", "decode"):
+    for dtype in (aot.torch.bfloat16, aot.torch.float32):
+        wanted = aot.Job(f"division_{operation}_channels_last", dtype, 0, 0, 90).wanted()
+        target = aot.GPUTarget("cuda", 90, 32)
+        ptx = aot.triton.compile(aot.source(wanted), target=target, options=dict(wanted.options)).asm["ptx"]
+        for access in ("ld", "st"):
+            widths = re.findall(access + r"\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+            found[f"{operation} {dtype} {access}"] = [int(vector or 1) * int(bits) // 8 for vector, bits in widths]
+print(json.dumps(found))
+"""
+
+
+def test_channels_last_kernels_access_memory_in_16_bytes():
+    """What compilers make of them for sm_90, in bytes of each load and store of a thread."""
+    scripts = Path(__file__).resolve().parents[1] / "scripts"
+    done = subprocess.run([sys.executable, "-c", ACCESSES, scripts], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    for dtype, parameters, codes in (("torch.bfloat16", 16, 2), ("torch.float32", 8, 1)):
+        loads = found[f"encode {dtype} ld"]
+        assert loads.count(8) == 1 and set(loads) == {8, 16}  # the seed, and x, means and scales
+        assert set(found[f"decode {dtype} ld"]) == {parameters, codes}  # of what 16 bytes of x are made
+        assert set(found[f"decode {dtype} st"]) == {16}

@@ -7,7 +7,7 @@ from actpress.codec import Context
 from actpress.kernels import launch, quantize
 from actpress.kernels.launch import triton
 from actpress.kernels.layout import dense, is_channels_last
-from actpress.kernels.noise import uniform_reference
+from actpress.kernels.noise import noise_bits, uniform_reference
 from actpress.kernels.quantize import decode_reference, decode_triton, encode_reference, encode_triton
 from devices import BACKENDS, DEVICES, assert_same, last_program_only, mimic_gpu, traffic
 
@@ -65,7 +65,9 @@ def check(x, grouping, size, bits, config=quantize.CONFIGS[0], stochastic=True):
     like, channels_last = dense(x), is_channels_last(dense(x))
     seed = torch.tensor([SEED], device=x.device) if stochastic else None
     noise = torch.empty_like(like, dtype=torch.float32)
-    (noise.permute(0, 2, 3, 1) if channels_last else noise).reshape(-1).copy_(uniform_reference(SEED, x.numel()))
+    (noise.permute(0, 2, 3, 1) if channels_last else noise).reshape(-1).copy_(
+        uniform_reference(SEED, x.numel(), noise_bits(bits))
+    )
     expected = encode_reference(like, noise if stochastic else None, grouping, size, bits)
     code = encode_triton(x, seed, grouping, size, bits, config)
     for name, ours, reference in zip(code._fields, code, expected, strict=True):
