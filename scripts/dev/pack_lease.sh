@@ -17,5 +17,6 @@ pip() { "$python" -m pip --disable-pip-version-check "$@" --quiet --no-deps -c c
 pip wheel -w "$wheels" antlr4-python3-runtime # published as source only
 pip download -d "$wheels" --only-binary=:all: hydra-core omegaconf
 [[ -z ${1-} ]] || cp "$1" .lease/images.tar.xz
-"${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py profile=lease out=.lease/kernels
+"$python" scripts/dev/list_kernels.py lease >.lease/kernels.yaml
+"${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py build .lease/kernels.yaml .lease/kernels
 du -sh .lease
