@@ -28,10 +28,12 @@ if [[ -f .lease/images.tar.xz && ! -d outputs/lease/images ]]; then # in the bac
     ) >outputs/lease/images.log 2>&1 &
 fi
 export TRITON_CACHE_DIR=$PWD/outputs/lease/triton ACTPRESS_KERNELS=none
-if [[ -d .lease/kernels ]]; then # compiled beforehand; where that does not fit, here by 16 processes, in some 20 s
-    unpack() { "$python" scripts/dev/prebuild_kernels.py "$1" .lease/kernels "$TRITON_CACHE_DIR" "${@:2}"; }
+if [[ -f .lease/kernels.tar.gz ]]; then # compiled beforehand; where that does not fit, here by 16 processes, in some 20 s
+    mkdir -p outputs/lease/kernels
+    tar -xzf .lease/kernels.tar.gz -C outputs/lease/kernels
+    kernels() { "$python" scripts/dev/prebuild_kernels.py "$1" outputs/lease/kernels "$TRITON_CACHE_DIR" "${@:2}"; }
     ACTPRESS_KERNELS="compiled beforehand"
-    unpack unpack || { ACTPRESS_KERNELS="compiled on the machine"; unpack warm --workers 16; } || ACTPRESS_KERNELS=incomplete
+    kernels unpack || { ACTPRESS_KERNELS="compiled on the machine"; kernels warm --workers 16; } || ACTPRESS_KERNELS=incomplete
 fi
 exec "$python" scripts/gpu_battery.py profile=lease "call=$call" out=outputs/lease/results "archive=$out" \
     ${REHEARSE:+rehearse=true}

@@ -18,5 +18,6 @@ pip wheel -w "$wheels" antlr4-python3-runtime # published as source only
 pip download -d "$wheels" --only-binary=:all: hydra-core omegaconf
 [[ -z ${1-} ]] || cp "$1" .lease/images.tar.xz
 "$python" scripts/dev/list_kernels.py lease >.lease/kernels.yaml
-"${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py build .lease/kernels.yaml .lease/kernels
+"${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py build .lease/kernels.yaml outputs/lease-kernels
+tar -czf .lease/kernels.tar.gz -C outputs/lease-kernels .
 du -sh .lease

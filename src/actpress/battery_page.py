@@ -20,6 +20,7 @@ COLUMNS = (
     "IQR",
     "n",
     "of stock",
+    "step ms",
     "host ms",
     "peak MiB",
     "reserved MiB",
@@ -93,7 +94,8 @@ def _line(row: Mapping[str, Any], stock: Mapping[str, Any], predicted: int | Non
     mib = [None if size is None else size / 2**20 for size in sizes]
     status = " ".join(filter(None, (row["status"], row["message"]))).replace("|", "/")
     speeds = [speed.get(key) for key in ("median", "iqr", "n")]
-    return [row["method"], row["batch"], status, *speeds, of_stock, (row.get("host_ms") or {}).get("median"), *mib]
+    times = [(row.get(key) or {}).get("median") for key in ("step_ms", "host_ms")]
+    return [row["method"], row["batch"], status, *speeds, of_stock, *times, *mib]
 
 
 def _trained(parts: Parts, runs: list[dict[str, Any]]) -> Iterator[str]:
