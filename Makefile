@@ -12,6 +12,7 @@ MODEL  ?= resnet50
 METHOD ?= division
 BATCH  ?= 256
 ARGS   ?=
+OLDEST_PYTHON ?= python3.12
 
 # Not taken from the environment, where such names are common.
 PUBLISH =
@@ -19,6 +20,7 @@ SECONDS = 540
 PROFILE = full
 OUT     =
 FILE    =
+FORM    = full
 IMAGES  =
 LEASE_PYTHON = .venv-oldest/bin/python
 WORKERS = 2
@@ -43,7 +45,7 @@ PUBLISH_OVERRIDE := $(call switch,PUBLISH,publish=true)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-offline wheelhouse test test-all test-gpu lint format train reproduce-table tables report check-pages audit compile-kernels bench-kernels gpu-battery import-results lease-pack lease-rehearsal clean
+.PHONY: help install install-offline wheelhouse test test-all test-gpu test-oldest lint format train reproduce-table tables report check-pages audit compile-kernels bench-kernels gpu-battery import-results lease-pack lease-rehearsal clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -89,6 +91,9 @@ test-all: $(STAMP) ## run the slow tests too (all but those that need a GPU)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRITON_INTERPRET=0 $(PYTEST) -m gpu $(ARGS)
+
+test-oldest: ## run tests with the oldest supported versions, in .venv-oldest: FORM=short (two minutes), full (recorded)
+	@$(OLDEST_PYTHON) scripts/dev/oldest.py $(call quoted,$(FORM))
 
 lint: $(STAMP) ## check style and formatting (changes nothing)
 	$(BIN)/ruff check .
