@@ -10,7 +10,7 @@ noise = (bits + 1/2) / 2^n, n the noise bits: in (0, 1), exact in fp32, each val
 fraction f of a step above a code is rounded up with the probability f rounded to a multiple of 2^-n. So rounding is unbiased to half of
 that: to 2^-17 of a step with 16 bits, to 2^-9 with 8. The bias depends on f alone, is 0 where f is a multiple of 2^-n (zeros, and all that
 a code holds exactly) and averages to 0 over any interval of 2^-n. Beside the standard deviation of the rounding itself, sqrt(f (1 - f)),
-up to 1/2 of a step, 2^-9 is 1/256. 4- and 8-bit codes keep 16 bits, since their users average over fewer, finer steps.
+up to 1/2 of a step, 2^-9 is 1/256.
 
 Seven rounds pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); at the speed of memory the arithmetic of
 the full ten, with 32 bits an element, would be what limits a kernel.

@@ -1,7 +1,7 @@
 """Group quantisation: each group of elements as Q-bit steps between its own least and greatest value, both exact.
 
     low, step = min(group), (max(group) - min(group)) / (2^Q - 1)     per group, bf16
-    code = floor((x - low) / step + noise)      noise uniform in [0, 1): unbiased; noise 1/2: the nearest
+    code = floor((x - low) / step + noise)      noise uniform in [0, 1): unbiased up to kernels/noise.py; noise 1/2: the nearest
     x~   = low + step * code
 
 Bits per element: Q + 32 / (elements of a group). ActNN and GACT take groups of 256 and Q in {1, 2, 4, 8}, Mesa channels and Q = 8.
