@@ -361,7 +361,7 @@ def partials_kernel(x_ptr, lfc_ptr, partials_ptr, outers, parts, tiles, P: tl.co
     lanes = scan(x_ptr, lfc_ptr, part * tiles, tl.minimum((part + 1) * tiles, P.tiles), maps, P)
     a, b, c, d = of_maps(lanes, P)
     map = tl.arange(0, P.maps)
-    size = outers.to(tl.int64) * P.channels * parts
+    size = tl.cast(outers, tl.int64) * P.channels * parts
     partials_ptr += (outer * P.channels + channel + map) * parts + part
     tl.store(partials_ptr, a, mask=map < maps)
     tl.store(partials_ptr + size, b, mask=map < maps)
@@ -389,7 +389,7 @@ def errors_kernel(x_ptr, lfc_ptr, partials_ptr, errors_ptr, outers, parts, tiles
     """Expected errors of the sampled rows of the same parts, with and without means, to errors [2, maps, parts]."""
     part = tl.program_id(0) % parts
     outer, channel, maps = own_maps(tl.program_id(0) // parts, outers, P)
-    first, size = outer * P.channels + channel, outers.to(tl.int64) * P.channels * parts
+    first, size = outer * P.channels + channel, tl.cast(outers, tl.int64) * P.channels * parts
     rest = _scale_of_parts(partials_ptr, parts, first, maps, size, P, PARTS)
     plain = _scale_of_parts(partials_ptr + 2 * size, parts, first, maps, size, P, PARTS)
     x_ptr += outer * (P.pixels * P.channels) + channel
@@ -417,7 +417,7 @@ def finish_kernel(
 ):
     """low and step of maps from their parts; auto: of the better way, and zeros for means where that is the one without."""
     outer, channel, maps = own_maps(tl.program_id(0), outers, P)
-    first, size = outer * P.channels + channel, outers.to(tl.int64) * P.channels * parts
+    first, size = outer * P.channels + channel, tl.cast(outers, tl.int64) * P.channels * parts
     scale = _scale_of_parts(partials_ptr, parts, first, maps, size, P, PARTS)
     if P.auto:
         plain = _scale_of_parts(partials_ptr + 2 * size, parts, first, maps, size, P, PARTS)
