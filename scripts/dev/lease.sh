@@ -4,19 +4,20 @@
 #   bash scripts/dev/lease.sh a OUT          then, on the same warm machine,          bash scripts/dev/lease.sh b OUT
 #
 # OUT gets lease<call>.tar.gz, renewed every ten seconds. Needs python3 with PyTorch and Triton; no network, no git. REHEARSE=1 runs the
-# same commands on a CPU, small. PYTHON names another interpreter.
+# same commands on a CPU, small. PYTHON names another interpreter. What .lease/ lacks, the machine must have or goes without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 call=$1 out=$2 python=${PYTHON:-python3}
 site=$PWD/outputs/lease/site
 
 if [[ ! -d $site ]]; then # what the machine lacks; the package itself is the checkout, by links
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .lease/wheels/*.whl
     mkdir -p "$site/actpress"
+    [[ ! -d .lease/wheels ]] ||
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .lease/wheels/*.whl
     ln -s "$PWD"/src/actpress/* "$PWD/kernels" "$site/actpress/"
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-if sha256sum --quiet --check .lease/files.sha256; then
+if [[ -f .lease/commit ]] && sha256sum --quiet --check .lease/files.sha256; then # nothing was changed since
     ACTPRESS_COMMIT=$(cat .lease/commit)
     export ACTPRESS_COMMIT
 fi
