@@ -105,9 +105,6 @@ def test_a_copy_without_git_is_of_the_commit_it_is_said_to_be(monkeypatch):
     assert provenance.source() == {"commit": "abc", "dirty": False}
 
 
-# profiles
-
-
 def test_the_lease_takes_less_than_thirteen_minutes_and_names_what_exists():
     lease = battery.load(CONFIGS, "lease")
     assert sum(lease.calls.values()) + lease.overhead < 13 * 60
@@ -129,9 +126,6 @@ def test_a_wrong_profile_is_named(tmp_path, script):
     (tmp_path / "bad.yaml").write_text('device: cpu\ncalls: {"": 5}\nunits: [{name: x, run: y, seconds: 6}]')
     with pytest.raises(ValueError, match="take 6 s, allowed: 5"):
         battery.load(tmp_path, "bad")
-
-
-# import
 
 
 def packed(path: Path, **changes) -> Path:

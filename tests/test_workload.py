@@ -105,9 +105,6 @@ def test_bench_training_goes_on_where_its_file_ends(script, tmp_path, capsys, mo
             bench_training.main([*given, argument])
 
 
-# the largest batch
-
-
 def searched(true: int, step: int, fixed: float = 1e9, each: float = 1e8, share: float = 1.0):
     """Rows of a search on a device that holds `true` images at `share` of the memory that peaks tell."""
     capacity, rows = int((fixed + true * each) / share), []

@@ -12,28 +12,7 @@ import pandas as pd
 
 from actpress import record, workload
 
-COLUMNS = (
-    "method",
-    "batch",
-    "status",
-    "images/s",
-    "IQR",
-    "n",
-    "of stock",
-    "step ms",
-    "host ms",
-    "peak MiB",
-    "reserved MiB",
-    "saved MiB",
-    "predicted MiB",
-)
-RUN = {
-    "run": "run_id",
-    "status": "status",
-    "epochs": "metrics.epochs",
-    "top-1 %": "metrics.top1_last",
-    "best": "metrics.top1_best",
-}
+RUN = ("run_id", "status", "metrics.epochs", "metrics.top1_last", "metrics.top1_best")
 Parts = Mapping[str, dict[str, Any]]
 
 
@@ -47,7 +26,7 @@ def write(folder: Path) -> None:
 
 
 def _table(frame: pd.DataFrame) -> Iterator[str]:
-    shown = frame.astype(object).where(frame.notna(), "")
+    shown = frame.astype(object).where(frame.notna(), "").replace({r"\|": "/"}, regex=True)
     yield from (shown.to_markdown(index=False, floatfmt=".4g"), "")
 
 
@@ -65,7 +44,8 @@ def _head(parts: Parts) -> Iterator[str]:
 
 
 def _measured(parts: Parts, predicted: list[dict[str, Any]]) -> Iterator[str]:
-    saved = {_key(part["setting"], row): row.get("predicted_bytes") for part in predicted for row in _rows(part)}
+    rows = [(part["setting"], row) for part in predicted for session in part["sessions"] for row in session["rows"]]
+    saved = {_key(setting, row): row.get("predicted_bytes") for setting, row in rows}
     for name, part in parts.items():
         if "sessions" in part:
             setting, mode = part["setting"], "compiled" if part["setting"]["compile"] else "eager"
@@ -75,11 +55,7 @@ def _measured(parts: Parts, predicted: list[dict[str, Any]]) -> Iterator[str]:
                 stock = [row for row in session["rows"] if row["method"] == workload.STOCK]
                 base = stock[0] if len(stock) == 1 else {}  # not among the probes of a search
                 lines = [_line(row, base, saved.get(_key(setting, row))) for row in session["rows"]]
-                yield from _table(pd.DataFrame(lines, columns=COLUMNS).dropna(axis=1, how="all"))
-
-
-def _rows(part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    return (row for session in part["sessions"] for row in session["rows"])
+                yield from _table(pd.DataFrame(lines).dropna(axis=1, how="all"))
 
 
 def _key(setting: Mapping[str, Any], row: Mapping[str, Any]) -> tuple:
@@ -87,15 +63,14 @@ def _key(setting: Mapping[str, Any], row: Mapping[str, Any]) -> tuple:
     return (row["method"], row["batch"], *(setting[key] for key in same))
 
 
-def _line(row: Mapping[str, Any], stock: Mapping[str, Any], predicted: int | None) -> list[Any]:
+def _line(row: Mapping[str, Any], stock: Mapping[str, Any], predicted: int | None) -> dict[str, Any]:
     speed, base = row.get("images_per_s") or {}, stock.get("images_per_s") or {}
-    of_stock = speed["median"] / base["median"] if speed and base else None
-    sizes = [*(row.get(key) for key in ("peak_bytes", "peak_reserved_bytes", "saved_bytes")), predicted]
-    mib = [None if size is None else size / 2**20 for size in sizes]
-    status = " ".join(filter(None, (row["status"], row["message"]))).replace("|", "/")
-    speeds = [speed.get(key) for key in ("median", "iqr", "n")]
-    times = [(row.get(key) or {}).get("median") for key in ("step_ms", "host_ms")]
-    return [row["method"], row["batch"], status, *speeds, of_stock, *times, *mib]
+    line = {"method": row["method"], "batch": row["batch"], "status": row["status"], "why": row["message"]}
+    line |= {"images/s": speed.get("median"), "IQR": speed.get("iqr"), "n": speed.get("n")}
+    line["of stock"] = speed["median"] / base["median"] if speed and base else None
+    line |= {f"{key} ms": (row.get(f"{key}_ms") or {}).get("median") for key in ("step", "host")}
+    sizes = {key: row.get(f"{key}_bytes") for key in ("peak", "peak_reserved", "saved")} | {"predicted": predicted}
+    return line | {f"{key.replace('_', ' ')} MiB": size and size / 2**20 for key, size in sizes.items()}
 
 
 def _trained(parts: Parts, runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -104,4 +79,6 @@ def _trained(parts: Parts, runs: list[dict[str, Any]]) -> Iterator[str]:
     ours = [run for run in runs if all(run["environment"][key] == here[key] for key in ("device", "commit"))]
     if ours:
         yield "## Training\n"
-        yield from _table(pd.json_normalize(ours)[list(RUN.values())].set_axis(list(RUN), axis=1))
+        yield from _table(
+            pd.json_normalize(ours)[list(RUN)].set_axis(["run", "status", "epochs", "top-1 %", "best"], axis=1)
+        )

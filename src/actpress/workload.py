@@ -33,7 +33,7 @@ from actpress.measure import ran_out
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PEAK_STEPS = engine.PEAK_STEP + 2  # the fewest steps that see saved bytes and the peak
-BROKEN = ("CUDA error", "illegal memory access", "device-side assert")  # nothing more can be measured in this process
+BROKEN = ("CUDA error", "illegal memory access", "device-side assert")
 AIM, FINENESS = (
     0.97,
     1 / 32,
@@ -127,9 +127,14 @@ def session(setting: Setting, wanted: Sequence[str], configs: Path, write: Write
     for name in wanted:
         rows.append(measure(setting, name, configs))
         write(rows)
-        if any(word in (rows[-1]["message"] or "") for word in BROKEN):
+        if broken(rows):
             break
     return rows
+
+
+def broken(rows: Rows) -> bool:
+    """Whether nothing more can be measured in this process, by the last row."""
+    return any(word in (rows[-1]["message"] or "") for word in BROKEN)
 
 
 def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
@@ -232,6 +237,8 @@ def search(setting: Setting, wanted: Sequence[str], configs: Path, step: int, be
                 break
             rows.append(measure(replace(setting, batch=batch, steps=PEAK_STEPS), name, configs))
             write(rows)
+            if broken(rows):
+                return rows
     return rows
 
 
