@@ -21,6 +21,7 @@ cd "$work/copy"
 for call in a b; do
     REHEARSE=1 PYTHON=$python PYTHONPATH=$work/absent bash scripts/dev/lease.sh $call "$work/out"
 done
+[[ ! -f .lease/images.tar.xz || -f outputs/lease/cifar10.npz ]] # decoded by now
 if [[ -d .lease ]]; then # these came with it, as the machine has none
     PYTHONPATH=outputs/lease/site "$python" -c 'import hydra, omegaconf; assert "lease/site" in hydra.__file__ and "lease/site" in omegaconf.__file__'
 fi
