@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data.readers import create_reader
 
 from actpress.data import folder
+from actpress.run import InputError
 from test_data import create
 
 SHADES = {"cat": 10, "dog": 200}
@@ -318,3 +320,32 @@ def test_classes_and_images_are_in_the_order_of_timm(tmp_path):
     train, _ = folder.read(tmp_path / "train", tmp_path / "test", "", len(names))
     assert train.samples == reader.samples
     assert {name: index for index, name in enumerate(train.classes)} == reader.class_to_idx
+
+
+def test_a_folder_decoded_once_is_the_same_data_set(tmp_path, script, capsys):
+    """In one array: images, labels, label and fingerprint."""
+    classes = [f"class {number}" for number in range(10)]
+    root, path = tmp_path / "images", tmp_path / "array.npz"
+    for number, name in enumerate(classes):
+        for split in ("train", "test"):
+            picture(root / split / name / "0.jpg", 20 * number)
+    assert script("pack_images").main(["cifar10", f"root={root}", f"out={path}"]) == 0
+    assert "10 train and 10 test images, CIFAR-10 (JPEG)" in capsys.readouterr().out
+    packed = create("cifar10", batch_size=2, source="array", root=str(path), num_classes=10)
+    files = create("cifar10", batch_size=2, source="folder", root=str(root), num_classes=10)
+    assert packed.facts == files.facts and packed.pipeline == files.pipeline == "resident"
+    for ours, theirs in ((packed.train, files.train), (packed.test, files.test)):
+        assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.labels, theirs.labels)
+    with pytest.raises(ValueError, match=r"data\.num_classes is 5; .*array\.npz has 10"):
+        create("cifar10", batch_size=2, source="array", root=str(path), num_classes=5)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"array\.npz is not a file that scripts/pack_images\.py wrote"):
+        create("cifar10", batch_size=2, source="array", root=str(path), num_classes=10)
+    with pytest.raises(FileNotFoundError, match="is not there; scripts/pack_images"):
+        create("cifar10", batch_size=2, source="array", root=str(tmp_path / "other.npz"), num_classes=10)
+    for given, message in (
+        (["imagenet"], "allowed: cifar10, cifar100"),
+        (["cifar10", f"root={root}"], "out= must name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            script("pack_images").main(given)
