@@ -120,11 +120,11 @@ def environment(device: str) -> dict[str, str]:
 
 
 def driver() -> str:
-    """Version of the first GPU's driver; empty where nvidia-smi is missing."""
+    """Version of the first GPU's driver; empty where nvidia-smi is missing or cannot tell."""
     if not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
 
 
 def timings(function: Callable[[], object], device: str) -> list[float]:
@@ -188,7 +188,9 @@ def contestants(
     yield "copy", "", lambda: copy_of(case.floor(*inputs), device)
     for config in case.configs[:1] if options.default_only else case.configs:
         yield "kernel", registry.describe(case, config), functools.partial(verified, case, config, inputs, expected)
-    compiled = torch.compile(case.reference, dynamic=False, backend="inductor" if device == "cuda" else "eager")
+    compiled = None
+    if "compiled" in options.what:  # loading the compiler alone takes seconds
+        compiled = torch.compile(case.reference, dynamic=False, backend="inductor" if device == "cuda" else "eager")
     for what, function in (("stock", case.stock), ("reference", case.reference), ("compiled", compiled)):
         if what in options.what:
             yield what, "", function and functools.partial(ready, function, inputs)

@@ -4,7 +4,7 @@ python scripts/device.py out=FILE.json                 a CUDA device
 python scripts/device.py out=FILE.json device=cpu      no ceilings, to see that it runs
 
 copy_gib_per_s: bytes read plus bytes written, 2 GiB each. product_tflops: 8192 rows and columns. Medians of single runs between events.
-kernel_cache: what ACTPRESS_KERNELS says of Triton's cache.
+driver: nvidia-smi's words, null where it has none. kernel_cache: what ACTPRESS_KERNELS says of Triton's cache.
 """
 
 import os
@@ -29,7 +29,8 @@ def main(given: list[str]) -> int:
     found = dict.fromkeys(("driver", "copy_gib_per_s", "product_tflops"))
     found |= {"environment": record.environment(device), "kernel_cache": os.environ.get("ACTPRESS_KERNELS")}
     if shutil.which(QUERY[0]):
-        found["driver"] = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+        found["driver"] = subprocess.run(QUERY, capture_output=True, text=True).stdout.partition("\n")[0] or None
+    record.write(options["out"], found)  # should the rest fail: without it no archive can be imported
     if device.type == "cuda":
         x = torch.randint(256, (2**31,), dtype=torch.uint8, device=device)
         y = torch.empty_like(x)

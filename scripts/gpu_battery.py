@@ -5,6 +5,7 @@ python scripts/gpu_battery.py dry=true                      the plan: units, sec
 python scripts/gpu_battery.py profile=lease call=a          one call of a machine that is lent for minutes; rehearse=true: on a CPU, small
 
 out: the folder of results (outputs/battery/<profile>). archive: the folder that gets <profile><call>.tar.gz of them (out's parent).
+spent: seconds of the call that are gone.
 Needs no network, no git and no W&B. Exit codes: 0 done; 1 a unit failed or was stopped; 2 bad input; 130 interrupted.
 """
 
@@ -16,7 +17,16 @@ from actpress import arguments, battery, cli
 from actpress.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = {"profile": "full", "call": "", "seconds": 0.0, "out": "", "archive": "", "dry": False, "rehearse": False}
+OPTIONS = {
+    "profile": "full",
+    "call": "",
+    "seconds": 0.0,
+    "spent": 0.0,
+    "out": "",
+    "archive": "",
+    "dry": False,
+    "rehearse": False,
+}
 
 
 def main(given: list[str]) -> int:
@@ -32,9 +42,8 @@ def main(given: list[str]) -> int:
         print("\n".join(profile.plan(state["units"])))
         return 0
     archive = Path(options["archive"] or out.parent).resolve() / f"{profile.name}{call}.tar.gz"
-    return battery.run(
-        profile, call, options["seconds"] or profile.calls[call], out, archive, ROOT, options["rehearse"]
-    )
+    seconds = (options["seconds"] or profile.calls[call]) - options["spent"]
+    return battery.run(profile, call, seconds, out, archive, ROOT, options["rehearse"])
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ def _prepare(cache: str) -> None:
 def _empty_libcuda(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(suffix=".c") as source:
-        command = ["cc", "-shared", "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1", source.name]
+        compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"
+        command = [compiler, "-shared", "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1", source.name]
         subprocess.run(command, check=True)
 
 
