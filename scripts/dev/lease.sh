@@ -10,12 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 call=$1 out=$2 python=${PYTHON:-python3}
 site=$PWD/outputs/lease/site
 
-if [[ ! -d $site ]]; then # what the machine lacks; the package itself is the checkout, by links
-    mkdir -p "$site/actpress"
-    [[ ! -d .lease/wheels ]] ||
-        "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .lease/wheels/*.whl
-    ln -s "$PWD"/src/actpress/* "$PWD/kernels" "$site/actpress/"
+mkdir -p "$site/actpress"
+if [[ -d .lease/wheels && ! -d $site/omegaconf ]]; then # what the machine lacks
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .lease/wheels/*.whl
 fi
+ln -sfn "$PWD"/src/actpress/{__init__.py,[a-z]*} "$PWD/kernels" "$site/actpress/" # the package itself is the checkout, by links
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 if [[ -f .lease/commit ]] && sha256sum --quiet --check .lease/files.sha256; then # nothing was changed since
     ACTPRESS_COMMIT=$(cat .lease/commit)
