@@ -69,10 +69,13 @@ def test_a_unit_is_stopped_with_all_its_processes_and_what_it_wrote_is_packed(tm
 def test_the_archive_is_renewed_while_a_unit_runs(tmp_path, monkeypatch):
     """So that a machine that is taken away loses seconds; and once more when the battery itself is interrupted."""
     monkeypatch.setattr(battery, "EVERY", 0.1)
-    look = "import tarfile, time; open('{out}/x.json', 'w').write('1'); time.sleep(1); "
-    look += f"print(tarfile.open('{tmp_path}/some.tar.gz').getnames()); raise SystemExit(0)"
+    look = f"""import os, tarfile, time
+open('{{out}}/x.json', 'w').write('1')
+path = '{tmp_path}/some.tar.gz'
+while not (os.path.exists(path) and 'x.json' in tarfile.open(path).getnames()): time.sleep(.1)
+print('seen')"""
     assert run(tmp_path, does("a", look))[0] == 0
-    assert "x.json" in (tmp_path / "out" / "logs" / "a.log").read_text()
+    assert (tmp_path / "out" / "logs" / "a.log").read_text() == "seen\n"
     code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     (tmp_path / "some.tar.gz").unlink()
     with pytest.raises(KeyboardInterrupt):
