@@ -547,7 +547,20 @@ def test_a_checkpoint_inside_a_forward_with_functions(name, around, reentrant):
     assert F.cosine_similarity(expected, got, dim=0) > 0.98
 
 
-@pytest.mark.parametrize("name", ["division", "quantize", "frequency", "pooling", "inverted", "few-bit"])
+DYNAMO_2_11 = pytest.mark.xfail(
+    torch.__version__.startswith("2.11."),
+    reason="Dynamo of PyTorch 2.11 fails where an autograd.Function holds a size by its name that has become a number",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=DYNAMO_2_11) for name in ("division", "quantize", "frequency", "pooling")),
+        *("inverted", "few-bit"),
+    ],
+)
 def test_compiled_with_dynamic_shapes(name):
     torch.compiler.reset()
     maps = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2))

@@ -5,6 +5,10 @@ keeps is stock's: no gradient wanted, an empty, complex, sparse or nested tensor
 subclass (DTensor), torch.export. So it does
 under transforms that look into the graph: torch.func (grad, vmap, jacrev), forward-mode AD, torch.jit.trace. There a warning says so.
 
+A layer compares its input's features with its weight's before its Function runs. Under torch.compile with dynamic shapes that makes the
+size a number. Made so within the Function, it stops Dynamo of PyTorch 2.11, which holds the size by its name already. With dynamic=True it
+stops there all the same: the size of a model's input keeps its name.
+
 Second derivatives (create_graph=True). Gradients that are exact and linear in dy, such as dx of a convolution or of a ReLU, are made of
 differentiable operations. What was made from a compressed tensor cannot be differentiated again: its dependence on that tensor is gone.
 Such a gradient is handed through `refuse`, and whoever differentiates it gets an error that names the layer. To that end each autograd

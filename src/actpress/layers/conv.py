@@ -66,7 +66,7 @@ def _convolution(
     origin: str,
 ) -> Tensor:
     axes = weight.dim() - 2
-    if not records(x, weight) or x.dim() != axes + 2:
+    if not records(x, weight) or x.dim() != axes + 2 or x.shape[1] != weight.shape[1] * groups:
         return STOCK[axes](x, weight, bias, stride, padding, dilation, groups)
     stride, dilation = (_each_axis(value, axes) for value in (stride, dilation))
     if isinstance(padding, str):
@@ -112,6 +112,8 @@ class _ConvLayer(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, self.weight) or input.dim() != self.weight.dim():
+            return self.stock(input)
+        if input.shape[1] != self.weight.shape[1] * self.groups:  # PyTorch's own error; see base.py of dynamic shapes
             return self.stock(input)
         padding = self._zero_padding()
         if padding is None:

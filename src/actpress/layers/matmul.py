@@ -55,7 +55,7 @@ def linear(
     origin: str = "linear()",
 ) -> Tensor:
     """F.linear that keeps its input [..., in] as `codec` says."""
-    if not records(input, weight) or input.dim() == 0:
+    if not records(input, weight) or input.shape[-1:] != weight.shape[-1:]:  # PyTorch's own error
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, False, codec, context, origin)[0]
 
@@ -66,6 +66,8 @@ def addmm(
     """torch.addmm that keeps mat1 [tokens, in] as `codec` says where mat2 [in, out] is a parameter and `input` its bias [out]."""
     if scales or not isinstance(mat2, nn.Parameter) or input.dim() != 1 or not records(mat1, mat2):
         return torch.addmm(input, mat1, mat2, **scales)
+    if mat1.shape[-1:] != mat2.shape[:1]:  # PyTorch's own error
+        return torch.addmm(input, mat1, mat2)
     return _Linear.apply(mat1, mat2, input, True, codec, context, origin)[0]
 
 

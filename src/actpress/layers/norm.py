@@ -259,7 +259,8 @@ def group_norm(
     autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
     if not records(input, input, weight, bias) or input.dim() < 3:
         return F.group_norm(input, num_groups, weight, bias, eps)
-    if input.shape[1] % num_groups or input.numel() // input.shape[0] == num_groups:  # PyTorch's own errors
+    fits = weight is None or input.shape[1] == weight.shape[0]
+    if not fits or input.shape[1] % num_groups or input.numel() // input.shape[0] == num_groups:  # PyTorch's own errors
         return F.group_norm(input, num_groups, weight, bias, eps)
     x = input.float() if autocast else input  # as for layer_norm
     return _GroupNorm.apply(x, num_groups, weight, bias, eps, codec, context, origin)[0]
