@@ -78,8 +78,14 @@ print('seen')"""
     assert (tmp_path / "out" / "logs" / "a.log").read_text() == "seen\n"
     code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     (tmp_path / "some.tar.gz").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, does("b", code))
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell runs this in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, does("b", code))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "x.json" in members(tmp_path / "some.tar.gz")
 
 
