@@ -33,9 +33,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # a copy: [bytes, codes of one byte]
     words = codes.view(_WORDS[per_byte]).squeeze(1)
     for doubling in range(per_byte.bit_length() - 1):  # neighbours move together, then pairs, then fours
-        words = words | words >> (
-            (8 - bits) << doubling
-        )  # not in place: Inductor 2.11 would write back through the view
+        # not in place: Inductor 2.11 would write back through the view
+        words = words | words >> ((8 - bits) << doubling)
     return words.to(torch.uint8)  # the lowest byte
 
 
