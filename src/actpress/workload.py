@@ -192,10 +192,10 @@ def _predicted(setting: Setting, cfg: DictConfig) -> int:
     return tables.memory(model, method, setting.batch, setting.image_size, cfg.runtime.precision)["saved_bytes"]
 
 
-def _run(
-    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None, numbers: dict[str, Any]
-) -> None:
-    """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
+def prepare(
+    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None = None
+) -> tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]:
+    """(trainer, images, classes, the context that steps run in). Raises NotApplicable."""
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -211,15 +211,22 @@ def _run(
         raise NotApplicable(str(error).partition("; it has")[0]) from error
     x = torch.rand(setting.batch, 3, setting.image_size, setting.image_size, device=device)
     y = torch.randint(setting.num_classes, (setting.batch,), device=device)
-    data = SimpleNamespace(train=Batches([(x, y)]), test=(), num_classes=setting.num_classes)
-    trainer, begin = engine.Trainer(cfg, model, data, device), time.perf_counter()
+    data = SimpleNamespace(train=Batches([(x, y)] * setting.steps), test=(), num_classes=setting.num_classes)
+    return engine.Trainer(cfg, model, data, device), x, y, during
+
+
+def _run(
+    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None, numbers: dict[str, Any]
+) -> None:
+    """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
+    trainer, x, y, during = prepare(setting, cfg, device, rival)
+    begin = time.perf_counter()
     with during:
         if setting.compile:  # the first step compiles; the loop's own measuring starts after it
             trainer.train_step(x, y)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2)
-        data.train *= setting.steps
         trainer.train_epoch(lambda step, values: None)
     measured = trainer.metrics()
     names = ("step_ms", "host_ms", "peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
