@@ -91,6 +91,8 @@ def create_schedule(
     Steps once an update, or once an epoch if step_on_epochs is true. All other keys go to create_scheduler_v2.
     """
     options = {"step_on_epochs": False, **OmegaConf.to_container(schedule, resolve=True)}
+    if schedule.name == "none":
+        return None, epochs
     return create_scheduler_v2(
         optimizer, options.pop("name"), num_epochs=epochs, updates_per_epoch=steps_per_epoch, **options
     )
