@@ -90,7 +90,8 @@ def create_schedule(
 
     Steps once an update, or once an epoch if step_on_epochs is true. All other keys go to create_scheduler_v2.
     """
-    options = {"step_on_epochs": False, **OmegaConf.to_container(schedule, resolve=True)}
+    given = OmegaConf.to_container(schedule, resolve=True)
+    options = {"step_on_epochs": False} | {key: value for key, value in given.items() if value is not None}
     if schedule.name == "none":
         return None, epochs
     return create_scheduler_v2(

@@ -199,7 +199,7 @@ def prepare(
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, setting.memory / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, setting.memory / total))
         torch.backends.cudnn.benchmark = False  # or each batch of a search would be tried out for seconds
     engine.seed_everything(cfg.seed)
     with device:
