@@ -5,10 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import actpress
-from actpress import methods, models
+from actpress import methods, models, workload
+from actpress.codec import Context, Like
+from actpress.kernels.layout import is_channels_last
+from actpress.layers import norm
+from conftest import ROOT
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -60,8 +66,76 @@ def test_less_is_saved_and_the_peak_falls(pair, precision):
 
 def test_weight_gradients_stay_close_to_exact(pair):
     stock, _, x, y = pair
+    gradients = actpress.measure.gradients(stock, (x, y), methods.Division(bits=8))
+    assert not [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     fidelity = actpress.measure.gradient_fidelity(stock, methods.Division(bits=8), (x, y))
     assert fidelity["total"].cosine > 0.999
+
+
+MAPS = [(64, 3, 32, 32), (64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4), (1, 512, 64, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_maps_of_a_network_come_back_within_a_step(shape, bits, memory_format, dtype):
+    """Rows before and after the encoded ones are NaN: whoever reads or writes beyond is found."""
+    x = torch.randn((shape[0] + 2, *shape[1:]), device=DEVICE, dtype=dtype).to(memory_format=memory_format)
+    x[0], x[-1] = torch.nan, torch.nan
+    codec, context = methods.division.DivisionCodec(8, bits, "ceil", "auto"), Context(0)
+    inner = x[1:-1]
+    for _ in range(10):
+        kept = codec.encode(inner, context)
+        decoded = codec.decode(kept, Like(inner.shape, dtype, is_channels_last(inner)))
+        step = (inner.amax((2, 3), keepdim=True) - inner.amin((2, 3), keepdim=True)).float() / (2**bits - 1)
+        assert ((decoded.float() - inner.float()).abs() <= 1.5 * step + 0.05).all()
+    assert x[0].isnan().all() and x[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_norms_normalise_in_one_pass_as_in_three(memory_format, dtype, monkeypatch):
+    x = (100 * torch.randn(8, 24, 20, 20, device=DEVICE)).to(dtype).to(memory_format=memory_format)
+    mean, invstd = torch.randn(24, device=DEVICE), torch.rand(24, device=DEVICE)
+    with torch.no_grad():
+        one_pass = norm._normalised(x, mean, invstd)
+        assert one_pass.dtype == dtype and one_pass.stride() == x.stride()
+        monkeypatch.setattr(norm, "directly", lambda x: False)
+        three = norm._normalised(x, mean, invstd)
+    torch.testing.assert_close(one_pass.float(), three.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_backward_of_a_convolution_makes_no_copy_of_maps():
+    net = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Conv2d(32, 16, 1, bias=False), nn.AvgPool2d(2))
+    net = net.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(16, 16, 64, 64, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def copies(model):
+        x.requires_grad_()
+        for _ in range(3):
+            y = model(x).square().sum()
+            y.backward()
+        y = model(x).square().sum()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            y.backward()
+            torch.cuda.synchronize()
+        kernels = [e.key for e in profiler.key_averages() if e.device_type == DeviceType.CUDA for _ in range(e.count)]
+        assert kernels
+        return sum("direct_copy_kernel" in kernel for kernel in kernels)
+
+    stock = copies(net)
+    actpress.apply(net, methods.Division())
+    assert copies(net) <= stock
+
+
+def test_memory_that_a_device_is_pretended_to_have_is_all_that_it_gives():
+    setting = workload.Setting("resnet20", batch=64, image_size=32, num_classes=10, steps=4, memory=2**26)
+    try:
+        row = workload.measure(setting, "none", ROOT / "configs")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert row["status"] == "oom", row["message"]
 
 
 def test_a_captured_step_draws_new_noise_in_each_replay():

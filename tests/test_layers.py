@@ -8,6 +8,7 @@ from torch import nn
 
 from actpress import layers
 from actpress.codec import Context, Dense
+from actpress.layers import base
 
 CASES = {
     "linear": (nn.Linear(5, 3), (4, 5)),
@@ -87,6 +88,30 @@ def test_lossless_layer_equals_stock(case, memory_format, dtype):
         )
     for (name, buffer), expected in zip(ours.named_buffers(), stock.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith(("conv ", "average pool"))])
+def test_arguments_without_memory_give_the_same_gradients(case, monkeypatch):
+    """As on CUDA: an argument of which only the shape is read has the strides of a channels_last tensor."""
+    layer, shape = CASES[case]
+    if len(shape) != 4:
+        pytest.skip("channels_last is for maps")
+    ours, x = replaced(layer), torch.randn(shape).to(memory_format=torch.channels_last)
+    _, dx_expanded, dp_expanded = run(ours, x)
+    stood_in = []
+
+    def directly(like):
+        stood_in.append(like)
+        return True
+
+    monkeypatch.setattr(base, "directly", directly)
+    ours.zero_grad()
+    _, dx, dp = run(ours, x)
+    assert stood_in
+    torch.testing.assert_close(dx, dx_expanded)
+    assert all(torch.equal(dp[name], gradient) for name, gradient in dp_expanded.items())
+    without = base.shape_only(x, x.shape, channels_last=True)
+    assert (without.stride(), without.untyped_storage().nbytes()) == (x.stride(), 0)
 
 
 @pytest.mark.parametrize("case", ["linear tokens", "conv 3x3", "batch norm", "layer norm", "relu", "max pool"])

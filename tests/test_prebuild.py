@@ -30,6 +30,15 @@ def test_kernels_are_found_where_they_are_unpacked(tmp_path):
     assert {"masks._relu_kernel"} < set(manifest["kernels"].values())
     assert f"{manifest['count']} kernels, {manifest['count']} compiled, 0 failures" in built.stdout
 
+    stand_in = {**os.environ, "LD_LIBRARY_PATH": str(folder / "cache" / "libcuda")}
+    modules = list(folder.rglob("cache/*/*.so"))
+    assert modules
+    for module in modules:  # they need libcuda, and say so
+        code = f"from importlib.util import *; spec = spec_from_file_location({module.name.partition('.')[0]!r}, {str(module)!r})"
+        code += "; spec.loader.exec_module(module_from_spec(spec))"
+        loaded = subprocess.run([sys.executable, "-c", code], env=stand_in, capture_output=True, text=True)
+        assert loaded.returncode == 0, loaded.stderr
+
     assert prebuild("check", folder).returncode == 0
     assert prebuild("unpack", folder, elsewhere).returncode == 0
     shutil.rmtree(folder / "cache")

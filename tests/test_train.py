@@ -418,6 +418,15 @@ def overhead(ours, theirs, batches, rounds: int = 150) -> float:
     return statistics.median(ratios)
 
 
+def test_schedule_options_that_are_null_are_left_to_timm(tmp_path, monkeypatch):
+    """Older versions compute with each option, whatever the schedule."""
+    given = {}
+    monkeypatch.setattr(engine, "create_scheduler_v2", lambda *_, **options: given.update(options) or (None, 1))
+    cfg = config(tmp_path, "recipe=division_cifar10")
+    engine.create_schedule(None, cfg.recipe.schedule, 3, 10)
+    assert "num_epochs" in given and None not in given.values()
+
+
 @pytest.mark.slow
 def test_the_loop_costs_at_most_two_percent(tmp_path):
     """All that the loop does in a step but its report every 20 steps, with no method applied, against a loop by hand."""

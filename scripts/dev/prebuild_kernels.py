@@ -16,15 +16,16 @@ so a view's address is as divisible as its offset. Autocast is that of the CPU, 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
-import logging
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def compile_kernel(kernel: Kernel) -> tuple[str, str, bool]:
     given = {name: _mock(value) if isinstance(value, Pointer) else value for name, value in kernel.arguments}
     result = function.warmup(*(given[name] for name in function.arg_names), grid=(1,), **dict(kernel.options))
     if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6 or so each signature has a launcher of its own, in C
-        _build_in_c(functools.partial(nvidia.CudaLauncher, result.src, result.metadata))
+        nvidia.CudaLauncher(result.src, result.metadata)
     return result.hash, f"{kernel.module.rpartition('.')[2]}.{kernel.name}", any(compiled)
 
 
@@ -215,16 +216,9 @@ def _mock(pointer: Pointer) -> MockTensor:
     return tensor
 
 
-def _build_in_c(build: Any) -> None:
-    """Triton puts the module into its cache and then imports it, which fails without libcuda, and warns of one that it cannot import."""
-    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)
-    with contextlib.suppress(ImportError):
-        build()
-
-
 def _prepare(cache: str) -> None:
-    """Of each process that compiles. Where libcuda is missing, an empty library stands in for it when modules in C are linked. Kernels
-    are kept without intermediate code, which no launch reads."""
+    """Of each process that compiles. Where libcuda is missing, one of the same symbols stands in for it, to link and import modules in C.
+    Kernels are kept without intermediate code, which no launch reads."""
     os.environ["TRITON_CACHE_DIR"] = triton.knobs.cache.dir = cache
     triton.knobs.compilation.store_binary_only = True
     torch.set_num_threads(1)
@@ -232,13 +226,19 @@ def _prepare(cache: str) -> None:
         nvidia.libcuda_dirs()
     except AssertionError:
         triton.knobs.nvidia.libcuda_path = str(Path(cache) / "libcuda")
+        ctypes.CDLL(str(Path(cache) / "libcuda" / "libcuda.so.1"), ctypes.RTLD_GLOBAL)
 
 
-def _empty_libcuda(folder: Path) -> None:
+def _libcuda(folder: Path) -> None:
+    """A libcuda.so.1 whose functions do nothing. Without their names in it a linker may leave out that a module needs libcuda, and the
+    module could not be imported anywhere."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(suffix=".c") as source:
+    sources = Path(nvidia.__file__).read_text() + Path(nvidia.__file__).with_suffix(".c").read_text()
+    with tempfile.NamedTemporaryFile("w", suffix=".c") as file:
+        file.write("".join(f"void {name}(void) {{}}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w+", sources)))))
+        file.flush()
         compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"
-        command = [compiler, "-shared", "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1", source.name]
+        command = [compiler, "-shared", "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1", file.name]
         subprocess.run(command, check=True)
 
 
@@ -284,13 +284,13 @@ def _summary(done: Sequence[tuple[str, str, bool]], begin: float, failures: dict
 
 def build_driver(_: None) -> None:
     """Triton's own module in C."""
-    _build_in_c(nvidia.CudaUtils)
+    nvidia.CudaUtils()
 
 
 def _pool(workers: int, cache: Path) -> ProcessPoolExecutor:
     cache = cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    _empty_libcuda(cache / "libcuda")
+    _libcuda(cache / "libcuda")
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
 
 

@@ -9,12 +9,14 @@ from typing import Any
 def source() -> dict[str, Any]:
     """commit: of the checkout this file is part of. dirty: files other than results differ from it.
 
-    A copy without git is of the commit that ACTPRESS_COMMIT names, by the word of whoever set it; without that both are None.
+    ACTPRESS_COMMIT names the commit of a copy that has no git, or that of another commit, by the word of whoever set it. Both are None
+    without either.
     """
+    if commit := os.environ.get("ACTPRESS_COMMIT"):
+        return {"commit": commit, "dirty": False}
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", here.name) != here.name:
-        commit = os.environ.get("ACTPRESS_COMMIT") or None
-        return {"commit": commit, "dirty": None if commit is None else False}
+        return {"commit": None, "dirty": None}
     changes = _git(here.parent, "status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
     return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
 

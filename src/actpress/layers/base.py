@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actpress import applied
 from actpress.codec import Context
+from actpress.kernels.launch import directly
 
 WAYS_OUT = "Differentiate with respect to inputs only, leave the layer out with apply(..., where=...), or call actpress.restore(model)"
 
@@ -129,9 +130,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def shape_only(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of `shape` without memory of its own, for backward ops that read only the shape of an argument."""
-    return like.new_empty(()).expand(shape)
+def shape_only(like: Tensor, shape: torch.Size, channels_last: bool = False) -> Tensor:
+    """A tensor of `shape` without memory of its own, for backward ops that read only the shape of an argument.
+
+    channels_last: the memory order of the argument that it stands for. cuDNN's backward brings dy into that order first: an argument that
+    lay in another one would cost two copies of dy, there and back.
+    """
+    if not (channels_last and directly(like)):
+        return like.new_empty(()).expand(shape)
+    x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    x.untyped_storage().resize_(0)  # strides that overlap nowhere, as those of an expanded tensor do
+    return x
 
 
 def probe_of(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape, without_autocast
+from actpress.kernels.layout import is_channels_last
 from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse, shape_only
 
 STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -21,7 +22,7 @@ class _Conv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, conv, codec, context, origin):
         ctx.dtype, ctx.conv, ctx.codec, ctx.x_dtype = compute_dtype(x), conv, codec, x.dtype
-        ctx.shape, ctx.origin = x.shape, origin
+        ctx.shape, ctx.origin, ctx.channels_last = x.shape, origin, is_channels_last(x)
         ctx.like, kept = keep(codec, x, context, ctx.dtype, maps_shape(x.shape), origin)
         probe = probe_of(x)
         ctx.save_for_backward(weight, probe, *kept)
@@ -34,7 +35,7 @@ class _Conv(Function):
         dx = dw = db = None
         with without_autocast(dy):
             if ctx.needs_input_grad[0]:
-                x = shape_only(dy, ctx.shape)
+                x = shape_only(dy, ctx.shape, ctx.channels_last)
                 mask = (True, False, False)
                 dx = convolution_backward(dy, x, weight.to(ctx.dtype), ctx.conv, mask)[0].to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:

@@ -266,13 +266,13 @@ class MaxPool2d(Layer, nn.MaxPool2d):
 class _AvgPool2d(Function):
     @staticmethod
     def forward(ctx, x_NCHW, *window):
-        ctx.window, ctx.shape = window, x_NCHW.shape
+        ctx.window, ctx.shape, ctx.channels_last = window, x_NCHW.shape, is_channels_last(x_NCHW)
         return F.avg_pool2d(x_NCHW, *window)
 
     @staticmethod
     def backward(ctx, dy_NCHW):
         kernel, stride, padding, *options = ctx.window
-        x = shape_only(dy_NCHW, ctx.shape)
+        x = shape_only(dy_NCHW, ctx.shape, ctx.channels_last)
         dx = torch.ops.aten.avg_pool2d_backward(dy_NCHW, x, _pair(kernel), _pair(stride), _pair(padding), *options)
         return dx, *(None for _ in ctx.window)
 
