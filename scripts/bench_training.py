@@ -17,7 +17,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from actpress import arguments, cli, record, workload
+from actpress import arguments, cli, record, settings, workload
 from actpress.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -32,7 +32,7 @@ def main(given: list[str]) -> int:
         setting, methods = workload.Setting(**values), options["methods"]
         workload.check(methods, CONFIGS)
         setting.config(CONFIGS, workload.STOCK)  # a wrong model ends here
-        environment = workload.environment(setting.device)
+        environment = record.environment(settings.device(setting.device))
         if options["largest"]:
             setting = replace(setting, memory=setting.memory or environment["memory_bytes"] or 0)
             if not (setting.memory and options["step"]):
@@ -71,18 +71,10 @@ def earlier(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line for a row."""
-    speed = row.get("images_per_s")
-    sizes = {"peak": row.get("peak_bytes"), "saved": row.get("saved_bytes"), "predicted": row.get("predicted_bytes")}
-    step, host = row.get("step_ms"), row.get("host_ms")
-    parts = [
-        f"{row['method']} batch {row['batch']}: {row['status']}",
-        *([f"{speed['median']:.1f} images/s (IQR {speed['iqr']:.1f}, n={speed['n']})"] if speed else []),
-        *([f"host {host['median']:.1f} of {step['median']:.1f} ms a step (n={host['n']})"] if host else []),
-        *(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items() if size is not None),
-        *([row["message"]] if row["message"] else []),
-    ]
-    return ", ".join(parts)
+    """One line for a row: medians, and what is not None."""
+    found = {key: value["median"] if isinstance(value, dict) else value for key, value in row.items()}
+    shown = {key: f"{value:.2f}" if isinstance(value, float) else value for key, value in found.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,8 @@ from actpress import arguments, battery, cli
 from actpress.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = {
-    "profile": "full",
-    "call": "",
-    "seconds": 0.0,
-    "spent": 0.0,
-    "out": "",
-    "archive": "",
-    "dry": False,
-    "rehearse": False,
-}
+OPTIONS = {"profile": "full", "call": "", "seconds": 0.0, "spent": 0.0, "out": "", "archive": ""}
+OPTIONS |= {"dry": False, "rehearse": False}
 
 
 def main(given: list[str]) -> int:

@@ -28,8 +28,7 @@ PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+([\w.+@-]+)")
 def main(given: list[str]) -> int:
     with bad_input(), tempfile.TemporaryDirectory() as scratch:
         if not given or "=" in given[0]:
-            words = " ".join(given)
-            raise ValueError(f"arguments {words!r}, allowed: the path of an archive, then replace=true, results=DIR")
+            raise ValueError(f"arguments {given}, allowed: the path of an archive, then replace=true, results=DIR")
         options = arguments.read(given[1:], {"replace": False, "results": str(ROOT / "results")})
         results = Path(options["results"]).resolve()
         try:
@@ -54,7 +53,8 @@ def main(given: list[str]) -> int:
             file.write(text.encode())
     for path in folder.glob("*.csv"):
         kernel_report.render(path)
-    battery_page.write(folder)
+    with record.replacing(folder.with_suffix(".md")) as file:
+        file.write(battery_page.render(folder).encode())
     print(f"{len(files)} files; the page is {folder}.md", flush=True)
     subprocess.run(["git", "-C", str(results), "status", "--short", "."], stderr=subprocess.DEVNULL, check=False)
     return 0

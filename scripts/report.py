@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 import table_pages
-from actpress import cli, fidelity, headlines, record, tables
+from actpress import battery_page, cli, fidelity, headlines, record, tables
 from actpress.run import bad_input
 from table_rows import GRADIENTS, Place
 
@@ -58,8 +58,7 @@ def check() -> list[str]:
     found = [fault for name in names for fault in table_pages.faults(tables.load(TABLES, name), place)]
     extra = [path for path in sorted((RESULTS / "tables").glob("*.*")) if path.stem not in (*names, "index")]
     found += [f"{path.stem}: {path.name} belongs to no table of configs/tables; delete it" for path in extra]
-    pages = table_pages.indexes(TABLES, place) | {RESULTS / "report.html": render()}
-    for path, text in pages.items():
+    for path, text in overviews(place).items():
         if not path.is_file() or path.read_text() != text:
             found.append(f"{path.relative_to(ROOT)} is not what the tables and records give; make report")
     return found
@@ -80,11 +79,18 @@ def write() -> list[str]:
 
 def write_overviews() -> list[Path]:
     """Write the pages over all tables where they changed. Returns these. Raises InputError for a record that is gone or damaged."""
-    changed = [
-        path for page in table_pages.indexes(TABLES, Place(RESULTS)).items() for path in table_pages.write_text(*page)
-    ]
     with bad_input():
-        return [*changed, *table_pages.write_text(RESULTS / "report.html", render())]
+        return [path for page in overviews(Place(RESULTS)).items() for path in table_pages.write_text(*page)]
+
+
+def overviews(place: Place) -> dict[Path, str]:
+    """Pages over all tables, with their texts."""
+    pages = table_pages.indexes(TABLES, place)
+    for page in (RESULTS / "battery").glob("*/identity.json"):
+        pages[page.parent.with_suffix(".md")] = battery_page.render(page.parent)
+    readme = ROOT / "README.md"
+    pages[readme] = battery_page.in_readme(readme.read_text(), RESULTS / "battery")
+    return pages | {RESULTS / "report.html": render()}
 
 
 def render() -> str:

@@ -13,8 +13,8 @@ from actpress import battery, battery_page, provenance, record
 from actpress.battery import Profile, Unit
 from actpress.kernels import registry
 from actpress.run import InputError
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "battery"
 
 
@@ -78,9 +78,7 @@ print('seen')"""
     assert (tmp_path / "out" / "logs" / "a.log").read_text() == "seen\n"
     code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     (tmp_path / "some.tar.gz").unlink()
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where a shell runs this in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it in the background
     try:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, does("b", code))
@@ -118,9 +116,7 @@ def test_the_lease_takes_less_than_thirteen_minutes_and_names_what_exists():
     lease = battery.load(CONFIGS, "lease")
     assert sum(lease.calls.values()) + lease.overhead < 13 * 60
     kernels = [unit for unit in lease.units if unit.name.startswith("kernels")]
-    names = [
-        word.removeprefix("names=").split(",") for unit in kernels for word in unit.run.split() if "names=" in word
-    ]
+    names = [unit.run.partition("names=")[2].split(",") for unit in kernels]
     assert [len(set(found) & set(registry.all_cases())) for found in names] == [30, 12]
 
 
@@ -145,14 +141,11 @@ def packed(path: Path, **changes) -> Path:
     speed = {"median": 200.0, "iqr": 1.0, "n": 9}
     row = {"batch": 4, "status": "ok", "message": None, "images_per_s": speed, "saved_bytes": 2**20}
     rows = [{"method": "none", **row}, {"method": "division", **row, "images_per_s": {**speed, "median": 150.0}}]
-    failed = {"method": "x", "batch": 4, "status": "failed", "message": "at /ho" + "me/someone/file.py"}
+    rows.append({"method": "x", "batch": 4, "status": "failed", "message": "at /ho" + "me/someone/file.py"})
     content = {
-        "identity.json": {
-            "environment": here,
-            **dict.fromkeys(("driver", "copy_gib_per_s", "product_tflops", "kernel_cache")),
-        },
+        "identity.json": {"environment": here, **dict.fromkeys(battery_page.IDENTITY)},
         "units.json": {"units": {"m": {"status": "done", "seconds": 1.0, "limit": 2.0, "said": "3 passed | 1 failed"}}},
-        "m.json": {"setting": setting, "sessions": [{"environment": here, "rows": [*rows, failed]}]},
+        "m.json": {"setting": setting, "sessions": [{"environment": here, "rows": rows}]},
         "runs/some-s0-1.json": {"run_id": "some-s0-1"},
     } | changes
     with tarfile.open(path, "w:gz") as tar:
@@ -173,7 +166,10 @@ def test_an_archive_is_unpacked_and_gets_a_page(tmp_path, script, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {"identity.json", "units.json", "m.json", "logs"}
     page = folder.with_name(f"{folder.name}.md").read_text()
     assert "3 passed" in page and "runs some-s0-1" in page
-    assert "0.75" in next(line for line in page.splitlines() if line.startswith("| division"))
+    assert "0.75" in next(line for line in page.splitlines() if "| division" in line)
+    readme = battery_page.in_readme("a\n<!-- newest GPU -->\nold\n<!-- end -->\nb\n", results / "battery")
+    assert readme.startswith("a\n<!-- newest GPU -->\nOn an A GPU (2026-01-02") and "old" not in readme
+    assert "0.75" in readme and "failed" not in readme and readme.endswith("<!-- end -->\nb\n")
     assert "someone" not in page + (folder / "m.json").read_text() and "at file.py" in page
     later = packed(tmp_path / "b.tar.gz", **{"runs/some-s0-1.json": {"run_id": "other"}})
     with pytest.raises(InputError, match=r"some-s0-1\.json differs .* replace=true"):

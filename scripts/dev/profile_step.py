@@ -31,7 +31,7 @@ def main(given: list[str]) -> int:
         setting = workload.Setting(**values)
     found: dict[str, Any] = {
         "setting": asdict(setting),
-        "environment": workload.environment(setting.device),
+        "environment": record.environment(settings.device(setting.device)),
         "profiled": PROFILED,
         "methods": {},
     }

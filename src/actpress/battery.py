@@ -65,15 +65,10 @@ class Profile:
         for call, seconds in self.calls.items():
             units = [unit for unit in self.units if unit.call == call]
             lines += [f"{unit.seconds:5.0f} s  {unit.name}{words.get(unit.name, '')}" for unit in units]
-            lines += [
-                f"{sum(unit.seconds for unit in units):5.0f} s  of {seconds:.0f} s  {call and f'of call {call}'}",
-                "",
-            ]
-        total = sum(self.calls.values()) + self.overhead
-        return [
-            *lines,
-            f"{total:5.0f} s  in all ({total / 60:.1f} minutes), {self.overhead:.0f} s to start and to copy",
-        ]
+            planned = sum(unit.seconds for unit in units)
+            lines += [f"{planned:5.0f} s  of {seconds:.0f} s  {call and f'of call {call}'}", ""]
+        total, rest = sum(self.calls.values()) + self.overhead, f"{self.overhead:.0f} s to start and to copy"
+        return [*lines, f"{total:5.0f} s  in all ({total / 60:.1f} minutes), {rest}"]
 
 
 def load(folder: Path, name: str) -> Profile:
@@ -153,8 +148,7 @@ def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehear
             cwd=root,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if rehearsal else dict(unit.variables)),
             process_group=0,
-            # a shell that runs this in the background has SIGINT ignored, which would be inherited
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
         )
     try:
         return process.wait(seconds)

@@ -233,13 +233,14 @@ def _finite(value: Any) -> Any:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Where a number was measured: device, versions, commit of this source and whether it was changed since, time."""
+    """Where a number was measured: device, a GPU's memory, versions, commit of this source and whether it was changed since, time."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "device_type": device.type,
         "cuda": torch.version.cuda if cuda else None,
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

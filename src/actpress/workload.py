@@ -1,8 +1,8 @@
 """Training steps measured: images/s, peak and saved bytes of methods side by side, without data and without an epoch.
 
-The step is the training loop's own (engine.Trainer), on one batch of noise that lies on the device, at learning rate 0, so that the weights
-stay as they are however many steps are made. Everything measured in one process on one device is a session; speeds are compared
-within a session only, so each has a row of stock PyTorch, and a second one at the end shows how far the device drifted.
+The step is the training loop's own (engine.Trainer), on one batch of noise that lies on the device, at learning rate 0: the weights stay as
+they are. Everything measured in one process on one device is a session; speeds are compared within a session only, so each has a row of
+stock PyTorch, and a second one at the end shows how far the device drifted.
 
 A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; step_ms
 {median, iqr, n}, a step's time on the device; host_ms, what Python takes to issue a step, of those that begin with an idle device
@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from actpress import cli, engine, record, settings, swap, tables
+from actpress import cli, engine, settings, swap, tables
 from actpress.measure import ran_out
 
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
@@ -37,9 +37,11 @@ BROKEN = ("CUDA error", "illegal memory access", "device-side assert")
 AIM, FINENESS = (
     0.97,
     1 / 32,
-)  # of a search: what share of an extrapolated batch is tried, how exactly the largest is known
+)  # of a search: share of an extrapolated batch that is tried; how exactly the largest is known
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows], None]
+Prepared = tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]
+Rival = Callable[[nn.Module], AbstractContextManager] | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
         if rival and (setting.predict or ("compile" in name and not setting.compile)):
             raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
         if setting.predict:
-            numbers["predicted_bytes"] = _predicted(setting, cfg)
+            build, method = partial(hydra.utils.instantiate, cfg.model), hydra.utils.instantiate(cfg.method)
+            found = tables.memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
+            numbers["predicted_bytes"] = found["saved_bytes"]
         else:
             with precision_of_products(setting.precision):
                 _run(setting, cfg, device, rival, numbers)
@@ -187,14 +191,7 @@ def precision_of_products(precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def _predicted(setting: Setting, cfg: DictConfig) -> int:
-    model, method = (lambda: hydra.utils.instantiate(cfg.model)), hydra.utils.instantiate(cfg.method)
-    return tables.memory(model, method, setting.batch, setting.image_size, cfg.runtime.precision)["saved_bytes"]
-
-
-def prepare(
-    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None = None
-) -> tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]:
+def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival = None) -> Prepared:
     """(trainer, images, classes, the context that steps run in). Raises NotApplicable."""
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
@@ -215,9 +212,7 @@ def prepare(
     return engine.Trainer(cfg, model, data, device), x, y, during
 
 
-def _run(
-    setting: Setting, cfg: DictConfig, device: torch.device, rival: Callable | None, numbers: dict[str, Any]
-) -> None:
+def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, numbers: dict[str, Any]) -> None:
     """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
     trainer, x, y, during = prepare(setting, cfg, device, rival)
     begin = time.perf_counter()
@@ -273,10 +268,3 @@ def next_batch(made: Sequence[Mapping[str, Any]], start: int, step: int, capacit
         (b, less), (a, more) = fitting[-2:]
         guess = int(AIM * (a + (capacity - more) * (a - b) / (more - less)))
     return max(guess // step * step, most + room)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """record.environment of `device` (auto, cpu, cuda), with its memory in bytes."""
-    found = settings.device(device)
-    memory = torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None
-    return {**record.environment(found), "memory_bytes": memory}
