@@ -27,11 +27,10 @@ def main(given: list[str]) -> int:
         options = arguments.read(given, OPTIONS)
         profile, call = battery.load(ROOT / "configs" / "battery", options["profile"]), options["call"]
         out = Path(options["out"] or ROOT / "outputs" / "battery" / profile.name).resolve()
-        state = battery.state_of(out)
         if call not in profile.calls and not options["dry"]:
             raise ValueError(f"call={call}, allowed: {', '.join(profile.calls) or 'none'}")
     if options["dry"]:
-        print("\n".join(profile.plan(state["units"])))
+        print("\n".join(profile.plan(battery.units_of(out))))
         return 0
     archive = Path(options["archive"] or out.parent).resolve() / f"{profile.name}{call}.tar.gz"
     seconds = (options["seconds"] or profile.calls[call]) - options["spent"]

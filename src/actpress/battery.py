@@ -59,7 +59,7 @@ class Profile:
     overhead: float = 0.0
 
     def plan(self, ended: Mapping[str, Any]) -> list[str]:
-        """A line for each unit, each call and the sum. ended: units of `state_of`."""
+        """A line for each unit, each call and the sum. ended: see `units_of`."""
         words = {name: f": {unit['status']} in {unit['seconds']:.0f} s" for name, unit in ended.items()}
         lines = []
         for call, seconds in self.calls.items():
@@ -86,13 +86,9 @@ def load(folder: Path, name: str) -> Profile:
     return profile
 
 
-def state_of(out: Path) -> dict[str, Any]:
-    """units: how each ended; source: the commit they ran from. Raises ValueError where that is not the commit of this source."""
-    path, here = out / "units.json", provenance.source()
-    state = record.read(path, {"units": dict, "source": dict}) if path.exists() else {"source": here, "units": {}}
-    if state["source"] != here:
-        raise ValueError(f"{out} holds results of {state['source']}, this is {here}; name another folder with out=")
-    return state
+def units_of(out: Path) -> dict[str, Any]:
+    """How each unit ended, by name: status, seconds, limit, the last line it said, commit and dirty of the source it ran from."""
+    return record.read(out / "units.json", {"units": dict})["units"] if (out / "units.json").exists() else {}
 
 
 def run(
@@ -102,12 +98,14 @@ def run(
 
     A unit that fails is noted, with its log, and does not stop the rest. Returns 1 if one failed or was stopped, 0 otherwise.
     """
-    end, state = time.monotonic() + seconds, state_of(out)
+    end, ended, source = time.monotonic() + seconds, units_of(out), provenance.source()
     units = [unit for unit in profile.units if unit.call == call]
     with _archived(out, archive):
         for number, unit in enumerate(units):
-            left, before = end - GRACE - time.monotonic(), state["units"].get(unit.name, {})
+            left, before = end - GRACE - time.monotonic(), ended.get(unit.name, {})
             if before.get("status") == "done":
+                if before["commit"] != source["commit"]:
+                    print(f"{unit.name}: done at {before['commit']}, not run again", flush=True)
                 continue
             if left < min(WORTH, unit.seconds):
                 print(f"[{left:4.0f} s left] {unit.name}: not started", flush=True)
@@ -116,20 +114,19 @@ def run(
             log, begin = out / "logs" / f"{slug(unit.name)}.log", time.monotonic()
             code = execute(unit, out, log, limit, root, rehearsal)
             status = "stopped" if code is None else "failed" if code else "done"
-            ended = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit": round(limit, 1)}
+            took, left = time.monotonic() - begin, end - time.monotonic()
             tail = log.read_text(errors="replace").splitlines()[-TAIL:]
-            state["units"][unit.name] = {**ended, "said": " ".join(tail[-1:])[:300]}
-            record.write(out / "units.json", state)
-            print(
-                f"[{end - time.monotonic():4.0f} s left] {unit.name}: {status} in {ended['seconds']:.0f} s", flush=True
-            )
+            found = {"status": status, "seconds": round(took, 1), "limit": round(limit, 1), **source}
+            ended[unit.name] = {**found, "said": " ".join(tail[-1:])[:300]}
+            record.write(out / "units.json", {"units": ended})
+            print(f"[{left:4.0f} s left] {unit.name}: {status} in {took:.0f} s", flush=True)
             if status == "failed":
                 print("".join(f"    {line}\n" for line in tail), end="", flush=True)
                 if unit.required:
                     return 1
-    ended = [state["units"].get(unit.name, {}).get("status") for unit in units]
-    print(f"{ended.count('done')} of {len(units)} units done; {archive}", flush=True)
-    return int("failed" in ended or "stopped" in ended)
+    how = [ended.get(unit.name, {}).get("status") for unit in units]
+    print(f"{how.count('done')} of {len(units)} units done; {archive}", flush=True)
+    return int("failed" in how or "stopped" in how)
 
 
 def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehearsal: bool = False) -> int | None:

@@ -61,7 +61,7 @@ def _head(parts: Parts) -> Iterator[str]:
     facts += [f"{name} {identity[name]}" for name in IDENTITY]
     yield f"{', '.join(facts)}{'; files changed since that commit' if here['dirty'] else ''}.\n"
     units = pd.DataFrame(parts["units"]["units"]).T.rename_axis("unit").reset_index()
-    yield from _table(units[["unit", "status", "seconds", "limit", "said"]])
+    yield from _table(units[["unit", "status", "seconds", "limit", *({"commit"} & {*units}), "said"]])
 
 
 def _steps(parts: Parts, predicted: list[dict[str, Any]]) -> pd.DataFrame:
