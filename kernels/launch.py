@@ -33,6 +33,7 @@ __all__ = [
     "Config",
     "Launch",
     "cdiv",
+    "directly",
     "nbytes",
     "next_power_of_2",
     "on_cuda",
