@@ -26,7 +26,8 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (any shape, bool or uint8, each below 2**bits) in row-major order -> uint8 [packed_bytes]."""
     codes = codes.reshape(-1)
-    codes = codes.view(torch.uint8) if codes.dtype == torch.bool else codes
+    if codes.dtype == torch.bool:  # Inductor 2.11 has no view of it; compiled, a cast costs nothing
+        codes = codes.to(torch.uint8) if torch.compiler.is_compiling() else codes.view(torch.uint8)
     per_byte = 8 // bits
     if per_byte == 1:
         return codes.clone()

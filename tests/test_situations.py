@@ -119,7 +119,8 @@ def assert_same(stock, ours, x, exact=True, **options):
     for i, (got, gradient) in enumerate(zip(gradients, expected[1], strict=True)):
         assert (got is None) == (gradient is None), i
         if gradient is not None and exact:
-            torch.testing.assert_close(got, gradient, msg=lambda m, i=i: f"gradient {i}: {m}")
+            # stock PyTorch 2.11 gives a NaN to the weights of a group norm that sees no pixel
+            torch.testing.assert_close(got, gradient, equal_nan=True, msg=lambda m, i=i: f"gradient {i}: {m}")
 
 
 @pytest.mark.parametrize("layer,method", PAIRS)
