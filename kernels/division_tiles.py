@@ -154,12 +154,6 @@ def store_means(lfc_ptr, mean, i, maps, P: tl.constexpr):
 
 
 @triton.jit
-def _all(x):
-    """[maps, blocks, columns] -> [maps, all of a map]. What is then joined is reduced together, one reduction instead of several."""
-    return tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]])
-
-
-@triton.jit
 def no_extremes(P: tl.constexpr):
     """What `extremes` begin with, and what they are of no tile."""
     a = tl.full([P.maps, P.tile, P.columns], float("-inf"), tl.float32)
@@ -194,16 +188,22 @@ def extremes(before, x, total, mean, P: tl.constexpr):
 
 @triton.jit
 def of_maps(lanes, P: tl.constexpr):
-    """`extremes`, [maps] each."""
+    """`extremes`, [maps] each. What is joined is reduced together, one reduction instead of several.
+
+    An axis at a time: seen as one axis, blocks and columns may lie in lanes of a warp that those of maps part, and Triton up to 3.6 then
+    shuffles other lanes (scripts/reductions.py).
+    """
+    # first that of which a thread holds neighbours, or of which warps hold different ones
+    FIRST: tl.constexpr = 2 if P.channels == 1 else 1
     a, b, c, d = lanes
-    rest = tl.join(_all(a), _all(b))
+    rest = tl.join(a, b)
     if P.auto:
-        rest, plain = tl.split(tl.max(tl.join(rest, tl.join(_all(c), _all(d))), axis=1))
+        rest, plain = tl.split(tl.max(tl.max(tl.join(rest, tl.join(c, d)), axis=FIRST), axis=1))
         a, b = tl.split(rest)
         c, d = tl.split(plain)
         return a, b, c, d
     else:
-        a, b = tl.split(tl.max(rest, axis=1))
+        a, b = tl.split(tl.max(tl.max(rest, axis=FIRST), axis=1))
         return a, b, a, b
 
 
@@ -293,10 +293,11 @@ def scan_errors(x_ptr, lfc_ptr, first, last, maps, rest, plain, P: tl.constexpr)
 
 
 @triton.jit
-def sum_of_maps(lanes):
-    """`errors`, [maps] each."""
+def sum_of_maps(lanes, P: tl.constexpr):
+    """`errors`, [maps] each. An axis at a time, as `of_maps`."""
+    FIRST: tl.constexpr = 2 if P.channels == 1 else 1
     with_means, without = lanes
-    return tl.split(tl.sum(tl.join(_all(with_means), _all(without)), axis=1))
+    return tl.split(tl.sum(tl.sum(tl.join(with_means, without), axis=FIRST), axis=1))
 
 
 @triton.jit
@@ -395,7 +396,7 @@ def errors_kernel(x_ptr, lfc_ptr, partials_ptr, errors_ptr, outers, parts, tiles
     x_ptr += outer * (P.pixels * P.channels) + channel
     lfc_ptr += outer * (P.means * P.channels) + channel
     last = tl.minimum((part + 1) * tiles, P.tiles)
-    with_means, without = sum_of_maps(scan_errors(x_ptr, lfc_ptr, part * tiles, last, maps, rest, plain, P))
+    with_means, without = sum_of_maps(scan_errors(x_ptr, lfc_ptr, part * tiles, last, maps, rest, plain, P), P)
     map = tl.arange(0, P.maps)
     errors_ptr += (first + map) * parts + part
     tl.store(errors_ptr, with_means, mask=map < maps)

@@ -229,7 +229,7 @@ def encode_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, step_ptr, invers
             lanes = scan_errors(own_x_ptr, own_lfc_ptr, 0, P.tiles, maps, scale, plain, P)
         else:
             lanes = errors_at(no_errors(P), own_x_ptr, mean, 0, maps, scale, plain, P)
-        with_means, without = sum_of_maps(lanes)
+        with_means, without = sum_of_maps(lanes, P)
         is_plain, scale = better(with_means, without, scale, plain)
         if LAST > 0:
             tl.debug_barrier()

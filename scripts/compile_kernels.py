@@ -150,8 +150,8 @@ def widened(wanted: launch.Launch) -> launch.Launch:
     return dataclasses.replace(wanted, arguments={**wanted.arguments, "WIDE": True})
 
 
-def lowered(wanted: launch.Launch, arch: int) -> str:
-    """Triton's intermediate code (TTIR), with which its backend begins."""
+def lowered(wanted: launch.Launch, arch: int, until: str = "ttir") -> str:
+    """Triton's intermediate code: TTIR, with which its backend begins, or TTGIR, which has layouts."""
     target = GPUTarget("cuda", arch, 32)
     backend, code, context, stages = make_backend(target), source(wanted), ir.context(), {}
     options = backend.parse_options(dict(wanted.options))
@@ -159,7 +159,9 @@ def lowered(wanted: launch.Launch, arch: int) -> str:
     backend.load_dialects(context)
     made = code.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
     backend.add_stages(stages, options, code.language)
-    return stages["ttir"](made, {}).str_nodebug()
+    metadata = {}
+    made = stages["ttir"](made, metadata)
+    return (made if until == "ttir" else stages["ttgir"](made, metadata)).str_nodebug()
 
 
 def compiled(wanted: launch.Launch, arch: int) -> dict[str, int]:

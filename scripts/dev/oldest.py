@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS, RECORD, README = ROOT / "constraints-oldest.txt", ROOT / "results" / "versions.json", ROOT / "README.md"
 LINE = re.compile(r"(<!-- oldest versions -->\n)(?:.*\n)?(<!-- end -->)")
 
-KERNELS = ["test_contract.py", "test_kernels.py", "test_kernel_*.py"]
+KERNELS = ["test_contract.py", "test_kernels.py", "test_kernel_*.py", "test_reductions.py"]
 FORMS = {
     "short": (KERNELS, ["-k", "not test_compiles_in_one_graph"]),  # Dynamo takes minutes over every method
     "full": (
