@@ -73,6 +73,7 @@ def test_weight_gradients_stay_close_to_exact(pair):
 
 
 MAPS = [(64, 3, 32, 32), (64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4), (1, 512, 64, 1)]
+MAPS += [(8, 32, 28, 28), (8, 24, 24, 24), (2, 3, 14, 14)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
