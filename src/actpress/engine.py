@@ -88,12 +88,12 @@ def create_schedule(
 ) -> tuple[Scheduler | None, int]:
     """(timm's scheduler `name`, number of epochs to train: `epochs` and the cooldown that cosine, tanh and poly may have).
 
-    Steps once an update, or once an epoch if step_on_epochs is true. All other keys go to create_scheduler_v2.
+    Steps once an update, or once an epoch if step_on_epochs is true. All other keys that are not null go to create_scheduler_v2.
     """
-    given = OmegaConf.to_container(schedule, resolve=True)
-    options = {"step_on_epochs": False} | {key: value for key, value in given.items() if value is not None}
     if schedule.name == "none":
         return None, epochs
+    given = OmegaConf.to_container(schedule, resolve=True)
+    options = {"step_on_epochs": False} | {key: value for key, value in given.items() if value is not None}
     return create_scheduler_v2(
         optimizer, options.pop("name"), num_epochs=epochs, updates_per_epoch=steps_per_epoch, **options
     )
