@@ -117,6 +117,7 @@ report: $(STAMP) ## make all pages of results/ from the records: tables, and eve
 
 check-pages: $(STAMP) ## check that the pages of results/ fit the records and that no table is stale (changes nothing)
 	$(RUN) scripts/report.py --check
+	$(RUN) scripts/dev/oldest.py render --check
 
 audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHOD=division BATCH=256
 	$(RUN) scripts/audit.py $(call quoted,model=$(MODEL)) $(call quoted,method=$(METHOD)) $(call quoted,batch=$(BATCH)) $(ARGS)
