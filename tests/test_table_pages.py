@@ -93,6 +93,7 @@ def ratio(row: dict) -> dict:
 def project(tmp_path, monkeypatch):
     """A project with nothing but tables and results; call it with the names of SMALL to write their YAML."""
     results, local, configs = tmp_path / "results", tmp_path / "outputs" / "reproduced", tmp_path / "configs" / "tables"
+    (tmp_path / "README.md").write_text("No block of a GPU.\n")
     for module, names in (
         (table_rows, {"RESULTS": table_rows.Place(results), "LOCAL": table_rows.Place(local)}),
         (reproduce_table, {"RESULTS": table_rows.Place(results), "LOCAL": table_rows.Place(local), "TABLES": configs}),
