@@ -11,9 +11,8 @@ Bits per element: Q + 16 * blocks / (H * W) + 32 / (H * W).
 lfc="always" subtracts the block means in every map, as above. lfc="auto" leaves them out (stores zeros) in the maps that are coded more
 exactly without: maps after a ReLU, where a mean that differs from block to block turns exact zeros, which one code would hold without
 error, into values that have to be rounded. The expected squared error of stochastic rounding is known exactly; both ways are compared by
-its sum over every fourth row of a map, rows 0, 4, 8, ..., or over all rows of a map of fewer than eight. Against a comparison of all rows
-1 to 9% of maps of real activations take the other way, mostly where both are about as good: the squared error grows by 0.01% at 112 x 112
-pixels, 0.5% at 14 x 14 (results/LOG.md). The layout and its bytes, and decoding, are the same.
+its sum over every fourth row of a map, rows 0, 4, 8, ..., or over all rows of a map of fewer than eight. Against a comparison of all
+rows a few maps in a hundred take the other way, mostly where both are about as good. The layout and its bytes, and decoding, are the same.
 
 Source: arXiv 2208.04187 and its official code, with three repairs. `low` is rounded down and `step` up to bf16 *before*
 the codes are made, so every code lies in [0, 2^Q - 1] and decoding uses the very numbers encoding used (the official code
