@@ -123,7 +123,7 @@ audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHO
 	$(RUN) scripts/audit.py $(call quoted,model=$(MODEL)) $(call quoted,method=$(METHOD)) $(call quoted,batch=$(BATCH)) $(ARGS)
 
 compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
-	$(RUN) scripts/compile_kernels.py $(ARGS)
+	$(RUN) scripts/dev/compile_kernels.py $(ARGS)
 
 bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="cases=relu profile=tiny"
 	$(RUN) scripts/bench_kernels.py $(ARGS)

@@ -14,8 +14,8 @@ import hydra
 import torch
 
 import actpress
-from actpress import cli, settings
-from actpress.run import bad_input
+from actpress.train import cli, settings
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"model={configs[0].model.name} does not read images; choose an image classifier")
         size = configs[0].data.image_size
         methods = [method for method in methods if method.changes_model]
-        result = actpress.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
+        result = actpress.measure.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
     print(
         f"{configs[0].model.name}, batch {batch}, {size}x{size}, {options['precision']}: kept for backward, predicted"
     )

@@ -37,8 +37,9 @@ import triton
 from triton.testing import do_bench
 
 import kernel_report
-from actpress import arguments, provenance
-from actpress.kernels import launch, registry, verify
+from actpress.kernels.common import launch
+from actpress.kernels.proof import registry, verify
+from actpress.train import arguments, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"full": ROOT / "results" / "kernels", "tiny": ROOT / "outputs" / "kernels"}

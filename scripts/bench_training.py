@@ -8,7 +8,7 @@ python scripts/bench_training.py model=resnet50 methods=none,division largest=tr
 
 Synthetic images on the device, learning rate 0. With out=, rows are written as they come, and the same command goes on where the file
 ends: what it lacks is measured in a session of its own, beside stock again. batch image_size num_classes channels_last device steps: see
-actpress.workload.Setting. methods: of configs/method, or what PyTorch has itself: checkpointing, compile budget 0.5, compile budget 0.1.
+actpress.bench.steps.Setting. methods: of configs/method, or what PyTorch has itself: checkpointing, compile budget 0.5, compile budget 0.1.
 Exit code 1 if a method failed; running out of memory is a result.
 """
 
@@ -17,21 +17,22 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from actpress import arguments, cli, record, settings, workload
-from actpress.run import bad_input
+from actpress.bench import steps
+from actpress.train import arguments, cli, record, settings
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DEFAULTS = {field.name: field.default for field in fields(workload.Setting)} | {"model": "resnet50"}
-OPTIONS = {"methods": (workload.STOCK,), "largest": False, "step": 8, "out": None}
+DEFAULTS = {field.name: field.default for field in fields(steps.Setting)} | {"model": "resnet50"}
+OPTIONS = {"methods": (steps.STOCK,), "largest": False, "step": 8, "out": None}
 
 
 def main(given: list[str]) -> int:
     with bad_input():
         values = arguments.read(given, DEFAULTS | OPTIONS)
         options = {name: values.pop(name) for name in OPTIONS}
-        setting, methods = workload.Setting(**values), options["methods"]
-        workload.check(methods, CONFIGS)
-        setting.config(CONFIGS, workload.STOCK)  # a wrong model ends here
+        setting, methods = steps.Setting(**values), options["methods"]
+        steps.check(methods, CONFIGS)
+        setting.config(CONFIGS, steps.STOCK)  # a wrong model ends here
         environment = record.environment(settings.device(setting.device))
         if options["largest"]:
             setting = replace(setting, memory=setting.memory or environment["memory_bytes"] or 0)
@@ -42,20 +43,20 @@ def main(given: list[str]) -> int:
     current: dict[str, Any] = {"environment": environment, "rows": []}
     before = [row for session in found["sessions"] for row in session["rows"] if row["status"] != "failed"]
 
-    def write(rows: workload.Rows) -> None:
+    def write(rows: steps.Rows) -> None:
         current["rows"] = rows
         print(describe(rows[-1]), flush=True)
         if path:
             record.write(path, {**found, "sessions": [*found["sessions"], current]})
 
     if options["largest"]:
-        rows = workload.search(setting, methods, CONFIGS, options["step"], before, write)
+        rows = steps.search(setting, methods, CONFIGS, options["step"], before, write)
         return int(any(row["status"] == "failed" for row in rows))
     left = [name for name in methods if name not in {row["method"] for row in before}]
     if left and not setting.predict:
-        rest = [name for name in left if name != workload.STOCK]
-        left = [workload.STOCK, *rest, *([workload.AGAIN] if rest else [])]
-    rows = workload.session(setting, left, CONFIGS, write)
+        rest = [name for name in left if name != steps.STOCK]
+        left = [steps.STOCK, *rest, *([steps.AGAIN] if rest else [])]
+    rows = steps.session(setting, left, CONFIGS, write)
     print(f"{setting.model} {setting.precision}: {len(rows)} of {len(left)} rows measured, {len(before)} were there")
     return int(len(rows) < len(left) or any(row["status"] == "failed" for row in rows))
 

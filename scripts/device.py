@@ -16,8 +16,8 @@ from statistics import median
 import torch
 from triton.testing import do_bench
 
-from actpress import arguments, cli, record, settings
-from actpress.run import bad_input
+from actpress.train import arguments, cli, record, settings
+from actpress.train.run import bad_input
 
 QUERY = ("nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader")
 

@@ -13,8 +13,9 @@ import signal
 import sys
 from pathlib import Path
 
-from actpress import arguments, battery, cli
-from actpress.run import bad_input
+from actpress.bench import battery
+from actpress.train import arguments, cli
+from actpress.train.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"profile": "full", "call": "", "seconds": 0.0, "spent": 0.0, "out": "", "archive": ""}

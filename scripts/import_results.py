@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 
 import kernel_report
-from actpress import arguments, battery_page, cli, record
-from actpress.battery import slug
-from actpress.run import bad_input
+from actpress.bench.battery import slug
+from actpress.report import battery_page
+from actpress.train import arguments, cli, record
+from actpress.train.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+([\w.+@-]+)")

@@ -7,9 +7,9 @@ python scripts/train.py data=cifar10 data.source=array data.root=cifar10.npz
 import sys
 from pathlib import Path
 
-from actpress import arguments, cli, data
-from actpress.data import sources
-from actpress.run import bad_input
+from actpress.train import arguments, cli, data
+from actpress.train.data import sources
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -26,8 +26,11 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 import table_pages
-from actpress import battery_page, cli, fidelity, headlines, record, tables
-from actpress.run import bad_input
+from actpress import tables
+from actpress.report import battery_page, headlines
+from actpress.tables import fidelity
+from actpress.train import cli, record
+from actpress.train.run import bad_input
 from table_rows import GRADIENTS, Place
 
 matplotlib.use("svg")

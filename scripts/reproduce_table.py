@@ -19,8 +19,9 @@ from pathlib import Path
 
 import table_pages
 import table_rows
-from actpress import cli, settings, tables
-from actpress.run import bad_input
+from actpress import tables
+from actpress.train import cli, settings
+from actpress.train.run import bad_input
 from progress import Progress, clock
 from table_rows import LOCAL, RESULTS, ROOT, Entry, Place, Row
 

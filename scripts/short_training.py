@@ -16,8 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from actpress import arguments, cli, data, run, workload
-from actpress.run import bad_input
+from actpress.bench import steps
+from actpress.train import arguments, cli, data, run
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OPTIONS = {
@@ -36,7 +37,7 @@ def main(given: list[str]) -> int:
     begin = time.monotonic()  # the same clock in all processes
     with bad_input():
         options = arguments.read(given, OPTIONS)
-        workload.check(options["methods"], CONFIGS)
+        steps.check(options["methods"], CONFIGS)
         out, work, methods = Path(options["out"]), Path(options["work"]), options["methods"]
         fixed = [*options["overrides"], f"paths.outputs='{work}'", f"paths.records='{out / 'runs'}'", "logger=none"]
         images = len(data.open_images(cli.compose(fixed, CONFIGS).data).train)
@@ -63,9 +64,9 @@ def train(
     cfg = cli.compose([*fixed, f"method={method}"], CONFIGS)
     same = {name: cfg.runtime[name] for name in ("precision", "channels_last", "device")}
     size = {"image_size": cfg.data.image_size, "num_classes": cfg.data.num_classes, "batch": cfg.recipe.batch_size}
-    setting = workload.Setting(cfg.model.name, **size, **same, steps=steps)
+    setting = steps.Setting(cfg.model.name, **size, **same, steps=steps)
     barrier.wait()
-    row = workload.measure(setting, method, CONFIGS)
+    row = steps.measure(setting, method, CONFIGS)
     measured = row["status"] == "ok"
     speeds[number] = row["images_per_s"]["median"] if measured else math.inf  # the others go on without it
     barrier.wait()

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import table_rows
-from actpress import fidelity, headlines, record, tables, terminal
+from actpress import tables
+from actpress.report import headlines, terminal
+from actpress.tables import fidelity
+from actpress.train import record
 from table_rows import Entry, Place, Row
 
 Entries = Mapping[Row, Entry | None]  # None: not run

@@ -24,8 +24,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from actpress import cli, data, engine, errors, fidelity, record, settings, tables
-from actpress.run import InputError, files_of
+from actpress import tables
+from actpress.measure import derivatives
+from actpress.tables import fidelity
+from actpress.train import cli, data, engine, record, settings
+from actpress.train.run import InputError, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -195,7 +198,7 @@ def _derivative_error(row: Row) -> Entry:
     """How exact the derivative of the method's activations is."""
     cfg = compose(row.cell, row.seed)
     replacement = hydra.utils.instantiate(cfg.method).rules()[nn.GELU]
-    found = errors.derivative_error(replacement.codec, cfg.derivative.variant, cfg.derivative.dtype)
+    found = derivatives.derivative_error(replacement.codec, cfg.derivative.variant, cfg.derivative.dtype)
     return Entry(found._asdict() | {"seed": row.seed}, record.environment("cpu"))
 
 

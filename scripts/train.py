@@ -7,7 +7,7 @@ outputs/<run_id>/; the same command again goes on from the last checkpoint.
 import sys
 from pathlib import Path
 
-from actpress import cli
+from actpress.train import cli
 
 if __name__ == "__main__":
     sys.exit(cli.train(Path(__file__).resolve().parents[1] / "configs"))

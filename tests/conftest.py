@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from paths import ROOT
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; `make test-gpu` sets it to 0
 
 import numpy as np
@@ -14,9 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from actpress.kernels import verify
+from actpress.kernels.proof import verify
 
-ROOT = Path(__file__).resolve().parents[1]
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # in each of several test processes one
 
 # Also for the processes that tests start; a caller's own setting wins.
@@ -75,7 +76,6 @@ def cifar_root() -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of scripts/, by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def script() -> Callable[[str], ModuleType]:
+    """A module of scripts/ or scripts/dev/, by name."""
     return importlib.import_module

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actpress.kernels import launch
-from actpress.kernels.launch import triton
+from actpress.kernels.common import launch
+from actpress.kernels.common.launch import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
 _interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET is not 1")

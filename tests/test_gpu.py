@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import actpress
-from actpress import methods, models, workload
+from actpress import methods
+from actpress.bench import steps
 from actpress.codec import Context, Like
-from actpress.kernels.layout import is_channels_last
+from actpress.kernels.common.layout import is_channels_last
 from actpress.layers import norm
-from conftest import ROOT
+from actpress.train import models
+from paths import ROOT
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -131,9 +133,9 @@ def test_backward_of_a_convolution_makes_no_copy_of_maps():
 
 
 def test_memory_that_a_device_is_pretended_to_have_is_all_that_it_gives():
-    setting = workload.Setting("resnet20", batch=64, image_size=32, num_classes=10, steps=4, memory=2**26)
+    setting = steps.Setting("resnet20", batch=64, image_size=32, num_classes=10, steps=4, memory=2**26)
     try:
-        row = workload.measure(setting, "none", ROOT / "configs")
+        row = steps.measure(setting, "none", ROOT / "configs")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert row["status"] == "oom", row["message"]

@@ -21,8 +21,8 @@ from packaging.version import Version
 
 import actpress
 import actpress.kernels
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -72,7 +72,7 @@ def test_every_import_is_declared():
     absolute = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.name for node in absolute if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in absolute if isinstance(node, ast.ImportFrom) and node.level == 0}
-    own = {"actpress", "conftest", *(file.stem for file in files if file.parent.name in ("scripts", "tests"))}
+    own = {"actpress", "conftest", *(file.stem for file in files if file.parent.name in ("scripts", "dev", "tests"))}
     assert {name.partition(".")[0] for name in imported} - declared - own - sys.stdlib_module_names == set()
 
 
@@ -254,7 +254,7 @@ def test_four_new_files_make_a_method_and_nothing_else_changes(tmp_path):
     (tmp_path / "configs" / "method" / "half.yaml").write_text(blocks("CONTRIBUTING.md", "yaml")[0])
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
     for command, expected in (
-        ("-m pytest -q tests/test_contract.py -k half -p no:cacheprovider", " passed"),
+        ("-m pytest -q tests/methods/test_contract.py -k half -p no:cacheprovider", " passed"),
         ("scripts/audit.py model=resnet20 data=cifar10 method=half batch=2 top=1", "Half MiB"),
         ("scripts/train.py method=half logger=none recipe.epochs=1 data.train_size=128 data.test_size=32", "-half-s0-"),
     ):

@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from actpress import cli, engine, run
+from actpress.train import cli, engine, run
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 CPU = torch.device("cpu")
 SMALL = (

@@ -24,8 +24,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import actpress
-from actpress import models
-from actpress.kernels import launch, registry
+from actpress.kernels.common import launch
+from actpress.kernels.proof import registry
+from actpress.train import models
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from actpress import battery, cli, workload
-from actpress.kernels import registry
+from actpress.bench import battery
+from actpress.kernels.proof import registry
+from actpress.train import cli
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -20,7 +21,7 @@ def main(name: str) -> int:
     for unit in battery.load(CONFIGS / "battery", name).units:
         script, *words = shlex.split(unit.run)
         options = dict(word.partition("=")[::2] for word in words)
-        methods = [m for m in options.get("methods", "").split(",") if m not in (workload.STOCK, *workload.RIVALS)]
+        methods = [m for m in options.get("methods", "").split(",") if m not in (steps.STOCK, *steps.RIVALS)]
         if script.endswith("bench_kernels.py") and "names" in options:
             found = registry.all_cases()
             for case in options["names"].split(","):

@@ -23,16 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS, RECORD, README = ROOT / "constraints-oldest.txt", ROOT / "results" / "versions.json", ROOT / "README.md"
 LINE = re.compile(r"(<!-- oldest versions -->\n)(?:.*\n)?(<!-- end -->)")
 
-KERNELS = ["test_contract.py", "test_kernels.py", "test_kernel_*.py", "test_reductions.py"]
+KERNELS = ["methods/test_contract.py", "kernels", "scripts/dev/test_reductions.py"]
 FORMS = {
     "short": (KERNELS, ["-k", "not test_compiles_in_one_graph"]),  # Dynamo takes minutes over every method
     "full": (
         [
             *KERNELS,
-            *("test_triton_*.py", "test_ops_path.py", "test_layers.py", "test_exact_layers.py", "test_functional.py"),
-            *("test_second_order.py", "test_measure.py", "test_swap.py", "test_norms.py", "test_library_layers.py"),
-            *("test_check.py", "test_saving.py", "test_module_database.py", "test_relu_mask.py", "test_train.py"),
-            *("test_scaled_tokens.py", "test_situations.py", "test_workload.py", "test_battery.py", "test_prebuild.py"),
+            *("layers", "measure", "swap", "bench", "train/test_train.py", "scripts/dev/test_prebuild.py"),
+            *(f"methods/test_{name}.py" for name in ("relu_mask", "scaled_tokens", "situations")),
         ],
         [],
     ),

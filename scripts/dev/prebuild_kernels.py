@@ -5,7 +5,7 @@ python scripts/dev/prebuild_kernels.py check FOLDER              on the GPU mach
 python scripts/dev/prebuild_kernels.py unpack FOLDER CACHE       check, then copy to CACHE, which is to be TRITON_CACHE_DIR
 python scripts/dev/prebuild_kernels.py warm FOLDER CACHE         where it does not fit: compile the same kernels there, --workers 16
 
-LIST.yaml holds `steps` (fields of Step) and `cases` (pairs of a case of kernels/registry.py and a dtype). Run it with the versions of
+LIST.yaml holds `steps` (fields of Step) and `cases` (pairs of a case of kernels/proof/registry.py and a dtype). Run it with the versions of
 Python and Triton that the GPU machine has: the key of a cached kernel holds Triton's files, ptxas, the kernel's source, argument types and
 options.
 
@@ -50,7 +50,8 @@ from triton.compiler import make_backend
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import MockTensor
 
-from actpress.kernels import launch, registry
+from actpress.kernels.common import launch
+from actpress.kernels.proof import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = 90
@@ -141,7 +142,8 @@ def _launches_of_step(step: Step) -> list[launch.Launch]:
     import hydra
     from omegaconf import OmegaConf
 
-    from actpress import measure, models, swap
+    from actpress import measure, swap
+    from actpress.train import models
 
     if step.precision not in PRECISIONS:
         raise ValueError(f"precision {step.precision!r}, allowed: {', '.join(PRECISIONS)}")

@@ -15,11 +15,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from actpress import arguments, cli, record, settings, workload
-from actpress.run import bad_input
+from actpress.bench import steps
+from actpress.train import arguments, cli, record, settings
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-DEFAULTS = {field.name: field.default for field in fields(workload.Setting)} | {"model": "resnet50"}
+DEFAULTS = {field.name: field.default for field in fields(steps.Setting)} | {"model": "resnet50"}
 WARMUP, PROFILED, PRINTED = 6, 3, 30
 
 
@@ -27,8 +28,8 @@ def main(given: list[str]) -> int:
     with bad_input():
         values = arguments.read(given, DEFAULTS | {"methods": ("none", "division"), "out": "profile.json"})
         methods, out = values.pop("methods"), values.pop("out")
-        workload.check(methods, CONFIGS)
-        setting = workload.Setting(**values)
+        steps.check(methods, CONFIGS)
+        setting = steps.Setting(**values)
     found: dict[str, Any] = {
         "setting": asdict(setting),
         "environment": record.environment(settings.device(setting.device)),
@@ -42,11 +43,11 @@ def main(given: list[str]) -> int:
     return 0
 
 
-def profiled(setting: workload.Setting, method: str) -> dict[str, Any]:
+def profiled(setting: steps.Setting, method: str) -> dict[str, Any]:
     """{busy_ms, span_ms, kernels: [{kernel, calls, ms}], the longest first} of a step."""
     cfg = setting.config(CONFIGS, method)
     device = settings.device(cfg.runtime.device)
-    trainer, x, y, _ = workload.prepare(setting, cfg, device)
+    trainer, x, y, _ = steps.prepare(setting, cfg, device)
     for _ in range(WARMUP):
         trainer.train_step(x, y)
     cuda = device.type == "cuda"

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from actpress.kernels.layout import is_channels_last
-from actpress.kernels.noise import uniform_from
-from actpress.seeds import Bank, banked, seed_of
+from actpress.kernels.common.layout import is_channels_last
+from actpress.kernels.common.noise import uniform_from
+from actpress.kernels.common.seeds import Bank, banked, seed_of
 
 
 class Like(NamedTuple):

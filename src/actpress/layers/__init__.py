@@ -17,23 +17,6 @@ from torch import nn
 
 from actpress.layers.base import Extended, Layer, extend, needs_grad, records
 from actpress.layers.conv import Conv1d, Conv2d, Conv3d, conv1d, conv2d, conv3d
-from actpress.layers.curved import (
-    ELU,
-    Hardswish,
-    Mish,
-    Sigmoid,
-    Softplus,
-    Tanh,
-    elu,
-    elu_,
-    hardswish,
-    mish,
-    sigmoid,
-    sigmoid_,
-    softplus,
-    tanh,
-    tanh_,
-)
 from actpress.layers.exact import (
     AvgPool2d,
     Dropout,
@@ -68,6 +51,23 @@ from actpress.layers.norm import (
     group_norm,
     layer_norm,
     rms_norm,
+)
+from actpress.layers.smooth import (
+    ELU,
+    Hardswish,
+    Mish,
+    Sigmoid,
+    Softplus,
+    Tanh,
+    elu,
+    elu_,
+    hardswish,
+    mish,
+    sigmoid,
+    sigmoid_,
+    softplus,
+    tanh,
+    tanh_,
 )
 
 FUNCTIONS: dict[type[nn.Module], tuple[str, Callable]] = {

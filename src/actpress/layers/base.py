@@ -25,9 +25,9 @@ from torch.autograd import Function, forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from actpress import applied
 from actpress.codec import Context
-from actpress.kernels.launch import directly
+from actpress.kernels.common.launch import directly
+from actpress.layers import applied
 
 WAYS_OUT = "Differentiate with respect to inputs only, leave the layer out with apply(..., where=...), or call actpress.restore(model)"
 

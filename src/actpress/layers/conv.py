@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape, without_autocast
-from actpress.kernels.layout import is_channels_last
+from actpress.kernels.common.layout import is_channels_last
 from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse, shape_only
 
 STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

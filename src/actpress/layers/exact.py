@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 from actpress.codec import leave_mask
 from actpress.kernels import dropout as dropout_kernels
 from actpress.kernels import masks, max_pool
-from actpress.kernels.layout import is_channels_last
+from actpress.kernels.common.layout import is_channels_last
 from actpress.layers.base import Layer, differentiating_twice, records, self_adjoint, shape_only
 
 

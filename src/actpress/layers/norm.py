@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from actpress.codec import Codec, Context, keep_normalised, maps_shape
-from actpress.kernels.launch import directly
-from actpress.kernels.layout import dense
+from actpress.kernels.common.launch import directly
+from actpress.kernels.common.layout import dense
 from actpress.layers.base import Extended, Layer, differentiating_twice, own, probe_of, records, refuse, shape_only
 
 

@@ -18,7 +18,7 @@ backward pass reads.
 
 Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
-kernels/division.py.
+kernels/division/__init__.py.
 
 Linear inputs [..., L, F] are not in the official CNN code. As in its T5 sibling, means run over blocks of tokens; bounds are those of each
 feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Tokens are scaled to one
@@ -33,11 +33,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from actpress import options
 from actpress.codec import Codec, Context, Like
-from actpress.kernels.bits import BITS
+from actpress.kernels.common import check
+from actpress.kernels.common.bits import BITS
+from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
-from actpress.kernels.layout import is_channels_last
 from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import all_functions, all_layers, exact, exact_functions, with_codec
 from actpress.methods.scaled_tokens import ScaledTokens
@@ -83,8 +83,8 @@ class DivisionCodec(Codec):
             maps = self._as_maps(torch.empty(shape, device="meta"))
             shape, channels_last = maps.shape, is_channels_last(maps)
         mask = kept[4] if len(kept) > 4 else None
-        options = (self._kernel(shape), self.bits, self.align, mask)
-        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, *options)
+        check = (self._kernel(shape), self.bits, self.align, mask)
+        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, *check)
         return maps.squeeze(3).transpose(1, 2) if self.layout == "tokens" else maps
 
     def _as_maps(self, x: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ class Division(Method):
     relu_mask: bool = False
 
     def __post_init__(self):
-        options.integer(self, "block", self.block, 1)
-        options.one_of(self, bits=BITS, align=ALIGN, lfc=LFC, relu_mask=(True, False))
+        check.integer(self, "block", self.block, 1)
+        check.one_of(self, bits=BITS, align=ALIGN, lfc=LFC, relu_mask=(True, False))
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         if self.align == "authors":

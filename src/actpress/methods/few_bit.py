@@ -17,10 +17,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import activations, options
-from actpress.activations import FORWARD, Derivative
-from actpress.kernels import few_bit, launch
-from actpress.kernels.layout import is_channels_last
+from actpress.kernels import few_bit
+from actpress.kernels.common import check, launch
+from actpress.kernels.common.layout import is_channels_last
+from actpress.layers import activation
+from actpress.layers.activation import FORWARD, Derivative
 from actpress.swap import Method, Replacement
 
 
@@ -63,18 +64,18 @@ class FewBit(Method):
     forward: str = "stock"
 
     def __post_init__(self):
-        options.one_of(self, bits=few_bit.BITS, forward=FORWARD)
+        check.one_of(self, bits=few_bit.BITS, forward=FORWARD)
 
     @property
     def codec(self) -> Interval:
         return Interval(self.bits, fused=self.forward == "fused")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return {nn.GELU: Replacement(activations.GELU, self.codec), nn.SiLU: Replacement(activations.SiLU, self.codec)}
+        return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(activations, name), derivative=self.codec) for name in ("gelu", "silu")}
+        return {name: partial(getattr(activation, name), derivative=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
-        layer = activations.layer_for(module)
+        layer = activation.layer_for(module)
         return None if layer is None else Replacement(layer, self.codec)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actpress import options
 from actpress.codec import Codec, Context, Like
 from actpress.kernels import quantize
-from actpress.kernels.bits import BITS
+from actpress.kernels.common import check
+from actpress.kernels.common.bits import BITS
+from actpress.kernels.common.layout import dense_as, is_channels_last
+from actpress.kernels.common.rounding import saturated
 from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
-from actpress.kernels.layout import dense_as, is_channels_last
-from actpress.kernels.rounding import saturated
 from actpress.methods.rules import exact, exact_functions, with_codec
 from actpress.swap import Method, Replacement
 
@@ -83,8 +83,8 @@ class Frequency(Method):
     transform: str = "mean"
 
     def __post_init__(self):
-        options.integer(self, "block", self.block, 1)
-        options.one_of(self, bits=BITS, parts=PARTS, transform=TRANSFORMS)
+        check.integer(self, "block", self.block, 1)
+        check.one_of(self, bits=BITS, parts=PARTS, transform=TRANSFORMS)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = FrequencyCodec(self.block, self.bits, self.parts, self.transform)

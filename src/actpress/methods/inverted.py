@@ -21,10 +21,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import activations, options, sharing
-from actpress.activations import FORWARD, Derivative
-from actpress.kernels import inverted, launch
-from actpress.kernels.layout import is_channels_last
+from actpress.kernels import inverted
+from actpress.kernels.common import check, launch
+from actpress.kernels.common.layout import is_channels_last
+from actpress.layers import activation
+from actpress.layers.activation import FORWARD, Derivative
+from actpress.methods import output_sharing
 from actpress.swap import Method, Replacement
 
 
@@ -65,21 +67,21 @@ class Inverted(Method):
     decoder: str = "fine"
 
     def __post_init__(self):
-        options.one_of(self, forward=FORWARD, decoder=inverted.DECODERS)
+        check.one_of(self, forward=FORWARD, decoder=inverted.DECODERS)
 
     @property
     def codec(self) -> FromOutput:
         return FromOutput(fused=self.forward == "fused", decoder=self.decoder)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return {nn.GELU: Replacement(activations.GELU, self.codec), nn.SiLU: Replacement(activations.SiLU, self.codec)}
+        return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(activations, name), derivative=self.codec) for name in ("gelu", "silu")}
+        return {name: partial(getattr(activation, name), derivative=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
-        layer = activations.layer_for(module)
+        layer = activation.layer_for(module)
         return None if layer is None else Replacement(layer, self.codec)
 
     def attach(self, model: nn.Module) -> None:
-        sharing.watch(model)
+        output_sharing.watch(model)

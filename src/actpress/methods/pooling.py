@@ -9,7 +9,7 @@ The idea: keep the block means of every convolution's input instead of the input
     BatchNorm2d     stock: its input stays dense
 
 Weight gradients are taken against the upsampled means, which are built, one layer's at a time, only where that is cheapest
-(kernels/pooled_product.py; kernels/pooled_convolution.py on a GPU): approximate and biased, their norm shrinks. Input and bias
+(kernels/pooling/product.py; kernels/pooling/convolution.py on a GPU): approximate and biased, their norm shrinks. Input and bias
 gradients are exact.
 
 align="authors", relu="stock" is the official code: floor-mode pooling, one pooled copy per reader, everything but convolutions stock. Its
@@ -22,10 +22,11 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from actpress import layers, options
+from actpress import layers
 from actpress.codec import Codec, Context, Conv, Like
-from actpress.kernels.pooled_convolution import conv2d_weight_grad
+from actpress.kernels.common import check
 from actpress.kernels.pooling import ALIGN, pool, pool_max, upsample_reference
+from actpress.kernels.pooling.convolution import conv2d_weight_grad
 from actpress.methods.rules import exact, exact_functions
 from actpress.swap import Method, Replacement
 
@@ -82,12 +83,12 @@ class Pooling(Method):
     reduce: str = "mean"
 
     def __post_init__(self):
-        options.integer(self, "block", self.block, 1)
-        options.one_of(self, align=ALIGN, relu=RELU, reduce=REDUCE)
+        check.integer(self, "block", self.block, 1)
+        check.one_of(self, align=ALIGN, relu=RELU, reduce=REDUCE)
         if not isinstance(self.stages, Mapping) or not all(isinstance(name, str) for name in self.stages):
-            options.refuse(self, "stages", self.stages, "a dict of name pattern and block")
+            check.refuse(self, "stages", self.stages, "a dict of name pattern and block")
         for name, block in self.stages.items():
-            options.integer(self, f"stages[{name!r}]", block, 1)
+            check.integer(self, f"stages[{name!r}]", block, 1)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         rules = {nn.Conv2d: Replacement(layers.Conv2d, PoolingCodec(self.block, self.align, self.reduce))}

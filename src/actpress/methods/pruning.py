@@ -21,11 +21,12 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from actpress import layers, options
+from actpress import layers
 from actpress.codec import Codec, Context, Like
+from actpress.kernels.common import check
 from actpress.kernels.pruning import SELECT, Blocks, block_grid, code_bytes, kept_blocks
-from actpress.kernels.pruning_product import weight_grad
-from actpress.kernels.pruning_triton import decode, encode
+from actpress.kernels.pruning.encode_decode import decode, encode
+from actpress.kernels.pruning.product import weight_grad
 from actpress.swap import Method, Replacement
 
 HEAD = ("head", "head.*", "heads.*", "head_dist", "fc", "classifier", "classifier.*")
@@ -94,11 +95,11 @@ class BlockPruning(Method):
             "block": (
                 isinstance(self.block, tuple)
                 and len(self.block) == 2
-                and all(options.is_integer(k, 1) for k in self.block),
+                and all(check.is_integer(k, 1) for k in self.block),
                 "two integers from 1",
             ),
             "select": (self.select in SELECT, ", ".join(SELECT)),
-            "start_epoch": (options.is_integer(self.start_epoch, 0), "integers from 0"),
+            "start_epoch": (check.is_integer(self.start_epoch, 0), "integers from 0"),
             "skip": (
                 isinstance(self.skip, tuple) and all(isinstance(pattern, str) for pattern in self.skip),
                 "a list of name patterns",
@@ -106,7 +107,7 @@ class BlockPruning(Method):
         }
         for name, (valid, allowed) in checks.items():
             if not valid:
-                options.refuse(self, name, getattr(self, name), allowed)
+                check.refuse(self, name, getattr(self, name), allowed)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
         codec = BlockPruningCodec(float(self.sparsity), self.block, self.select)

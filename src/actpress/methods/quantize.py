@@ -14,10 +14,10 @@ block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp
 
 Norms keep their normalised input, which is all their backward pass reads. Weight gradients, and the input gradients of norms, are computed
 from the decoded input and are approximate; with stochastic rounding its expectation is the input. The code itself is in
-kernels/quantize.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
+kernels/quantize/__init__.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
 
 levels="normal" is a study: inputs of BatchNorm2d, close to normal in each channel, in Q-bit levels that are fixed for a normal
-distribution (kernels/lloyd_max.py), at Q + 64 / (elements of a channel of the batch) bits per element.
+distribution (kernels/lloyd_max/__init__.py), at Q + 64 / (elements of a channel of the batch) bits per element.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from actpress import layers, options
+from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels import lloyd_max
-from actpress.kernels.bits import BITS
+from actpress.kernels.common import check
+from actpress.kernels.common.bits import BITS
 from actpress.kernels.masks import relu_backward
 from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
 from actpress.methods.rules import all_functions, all_layers
@@ -118,8 +119,8 @@ class Quantize(Method):
     levels: str = "affine"
 
     def __post_init__(self):
-        options.one_of(self, bits=BITS, grouping=GROUPINGS, rounding=ROUNDING, levels=LEVELS, relu_mask=(True, False))
-        options.integer(self, "size", self.size, 1, 16384)
+        check.one_of(self, bits=BITS, grouping=GROUPINGS, rounding=ROUNDING, levels=LEVELS, relu_mask=(True, False))
+        check.integer(self, "size", self.size, 1, 16384)
         if self.levels == "normal" and self.bits not in lloyd_max.BITS:
             allowed = ", ".join(map(str, lloyd_max.BITS))
             raise ValueError(f"Quantize: bits={self.bits!r}, allowed with levels='normal': {allowed}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actpress.codec import Codec, Context, Like
-from actpress.kernels.rounding import saturated
+from actpress.kernels.common.rounding import saturated
 
 
 @dataclass(frozen=True)

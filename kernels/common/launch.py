@@ -1,0 +1,191 @@
+"""Launching Triton kernels, and what every kernel declares so that it can be proven without a GPU and timed with one.
+
+`run` is the only place where a kernel starts. It runs it on a CUDA device, or, where TRITON_INTERPRET=1 was set before Triton was
+imported, in Triton's interpreter on CPU tensors. Within `recorded()` nothing runs: what would have been launched is collected instead, so
+that a launcher called with tensors of the meta device tells which kernels to compile ahead of time.
+
+Configurations (tile sizes, warps) are listed per kernel, the default first, and never chosen by timing at run time: the order of sums,
+hence the last bit of a result, must not depend on which was faster today. scripts/bench_kernels.py times them all; the list's order
+is where its answer goes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # no wheels for this platform: the references remain
+    from actpress.kernels.common import without_triton as triton
+    from actpress.kernels.common.without_triton import language as tl
+
+from actpress.kernels.common.interpreter import mend
+
+__all__ = [
+    "DTYPES",
+    "Case",
+    "Config",
+    "Launch",
+    "cdiv",
+    "directly",
+    "nbytes",
+    "next_power_of_2",
+    "on_cuda",
+    "on_gpu",
+    "recorded",
+    "run",
+    "tl",
+    "triton",
+    "way",
+]
+
+Config = Mapping[str, int]  # launch options: constexpr arguments of the kernel, num_warps, num_stages
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+if triton.knobs.runtime.interpret:
+    mend(triton)
+
+_recorded: ContextVar[list["Launch"] | None] = ContextVar("recorded", default=None)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its grid, its arguments by name (tensors, numbers, constexprs) and options (num_warps, ...)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One public operation at one realistic size: what tests compile and compare, and the benchmark times.
+
+    make(dtype, device) -> inputs. kernel(*inputs, config=one of configs) and reference(*inputs) return the same tensors. stock(*inputs)
+    is what PyTorch would run in its place, None where there is no counterpart.
+
+    moved(*inputs): bytes of device memory the kernel reads and writes, masked lanes and what the caches serve left out.
+    floor(*inputs): the least possible, each input read once and each output written once.
+
+    tiny(dtype, device) -> inputs so small that Triton's interpreter takes seconds over them; None leaves the case out there.
+    """
+
+    name: str
+    make: Callable[[torch.dtype, str], tuple]
+    kernel: Callable
+    reference: Callable
+    moved: Callable[..., int]
+    floor: Callable[..., int]
+    configs: tuple[Config, ...]
+    stock: Callable | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    tolerance: float = 0.0  # of kernel against reference, relative RMS; 0: equal bit for bit
+    flops: Callable[..., int] | None = None  # for matrix products, whose time is arithmetic
+    notes: str = field(default="")
+    tiny: Callable[[torch.dtype, str], tuple] | None = None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether public operations run a kernel for x. fp64 tensors take the reference on every device, as do CPU tensors."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def directly(x: Tensor) -> bool:
+    """Whether a public operation calls its kernel's launcher itself: x is an ordinary CUDA tensor, and nothing looks at operations.
+
+    The way through a registered operation takes a host 15 to 50 us more, as long as a small kernel runs. It is there for those who do look:
+    torch.compile, fake tensors, dispatch modes, functorch transforms, traces, and autograd where it records, which cannot differentiate it.
+    """
+    return not torch.compiler.is_compiling() and x.is_cuda and plain(x)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether nothing stands between x and its memory, and nothing looks at what is computed of it."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not x.is_neg()
+        and not x._is_zerotensor()
+    )
+
+
+def way(op: Any, x: Tensor) -> Callable:
+    """What a public operation calls for x, a tensor `on_gpu`, with the arguments of `op`: op, or the kernel that on_cuda gave it."""
+    return _kernels[op] if directly(x) else op
+
+
+_kernels: dict[Any, Callable] = {}
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
+    """Run `kernel` on `grid` (nothing, if it is empty) with positional `arguments`, a tensor among them, and a Config and other constexprs
+    as keywords.
+
+    fp_fusion=False keeps a * b + c as two rounded operations, as the reference computes it. Raises RuntimeError for CPU tensors outside of
+    the interpreter and where Triton is not installed.
+    """
+    record = _recorded.get()
+    if record is not None:
+        options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages") if name in constexprs}
+        arguments = dict(zip(kernel.arg_names, arguments, strict=False))
+        record.append(Launch(kernel, grid, {**arguments, **constexprs}, {**options, "enable_fp_fusion": fp_fusion}))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type != "cuda":
+        if not triton.knobs.runtime.interpret:
+            raise RuntimeError(
+                f"a Triton kernel was asked for on {device}; allowed: cuda, or cpu with TRITON_INTERPRET=1"
+            )
+        kernel[grid](*arguments, enable_fp_fusion=fp_fusion, **constexprs)
+    elif device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, enable_fp_fusion=fp_fusion, **constexprs)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, enable_fp_fusion=fp_fusion, **constexprs)
+
+
+def on_cuda(op: Any, kernel: Callable, tells: Callable[..., bool] = lambda x, *_: on_gpu(x)) -> None:
+    """Let a custom op run `kernel` on CUDA tensors, its own function, the reference, on all others and on fp64.
+
+    tells: whether the kernel runs, from the op's arguments; by default its first, a tensor, says so.
+    """
+    _kernels[op] = kernel
+    op.register_kernel("cuda")(lambda *inputs: (kernel if tells(*inputs) else op._init_fn)(*inputs))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes a host 3 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two from n on; 0 for 0, as Triton's own, which takes a host 5 us."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of the elements of these tensors."""
+    return sum(t.numel() * t.itemsize for t in tensors)

@@ -1,0 +1,222 @@
+"""Which kernels encode and decode a tensor, and what each of their programs takes: from shapes alone, so that results never depend on
+a measurement."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from actpress.kernels.common import launch
+from actpress.kernels.common.launch import triton
+
+ENCODE_CONFIGS: tuple[launch.Config, ...] = (  # LANES: elements that a program takes at a time
+    {"LANES": 4096, "num_warps": 2},
+    {"LANES": 4096, "num_warps": 4},
+    {"LANES": 8192, "num_warps": 4},
+)
+DECODE_CONFIGS: tuple[launch.Config, ...] = (  # THREADS: who write 16 bytes each
+    {"THREADS": 512, "num_warps": 4},
+    {"THREADS": 256, "num_warps": 4},
+    {"THREADS": 1024, "num_warps": 8},
+)
+TALLEST = 16  # rows of a block that a thread may hold
+LARGEST = 16384  # elements of a tile
+CROWDED = (
+    48 * 1024
+)  # bytes of a program's maps from which on it gets twice the threads: fewer programs then share a cache
+FEW = 256  # programs, or less, leave most of a GPU idle
+PARTS = 256  # that a map is cut into, at most
+
+
+def blocks(size: int, kernel: int, align: str) -> int:
+    """Number of blocks of `kernel` elements along an axis of `size`."""
+    return -(-size // kernel) if align == "ceil" else size // kernel
+
+
+def sampled_every(height: int) -> int:
+    """lfc="auto" compares expected errors of every so manieth row of a map, from the first on: every fourth, or all where there are few."""
+    return 4 if height >= 8 else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel is compiled for: the shape of maps and blocks, and the share of a program."""
+
+    height: int
+    width: int
+    channels: int  # next to each other in memory; 1: maps one after the other
+    kh: int  # rows and columns of a block
+    kw: int
+    hb: int  # rows and columns of blocks
+    wb: int
+    nearest: bool  # blocks are spread over the map as nearest-neighbour resizing does
+    bits: int
+    whole: bool  # the number of elements is a multiple of `lanes`
+    auto: bool = False
+    # A program's share. Of maps:
+    maps: int = 1
+    tile: int = 1  # blocks at a time, or pixels where the means are known
+    known: bool = False  # means are in memory already
+    codes: bool = True  # makes the codes too
+    # Of memory in order: `units` outers are cut into `chunks`.
+    units: int = 1
+    chunks: int = 1
+    threads: int = 1  # who own neighbours
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def means(self) -> int:
+        return self.hb * self.wb
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a map."""
+        return -(-(self.pixels if self.known else self.means) // self.tile)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block in a tile, and its columns."""
+        return 1 if self.known else self.kh
+
+    @property
+    def columns(self) -> int:
+        return 1 if self.known else 1 << (self.kw - 1).bit_length()
+
+    @property
+    def every(self) -> int:
+        """Expected errors are taken of the first of so many rows of a map, of the next first, and so on."""
+        return sampled_every(self.height)
+
+    @property
+    def stride(self) -> int:
+        """Of so many rows of a block that are held the first is looked at, and the next first: `every`, where that is the same."""
+        return self.every if self.kh % self.every == 0 and not self.known else 1
+
+    @property
+    def sampled(self) -> int:
+        """How many of the rows of a block in a tile are looked at."""
+        return -(-self.rows // self.stride)
+
+    @property
+    def partial(self) -> bool:
+        """Whether programs have channels that are not there."""
+        return self.channels > 1 and self.channels % self.maps != 0
+
+    @property
+    def lanes(self) -> int:
+        """Neighbours that a thread codes: as many as share a draw of noise, or eight where a pixel's channels are cut into eights."""
+        if self.bits <= 2 and (self.channels == 1 or self.channels % 8):
+            return 16
+        return 16 if self.bits <= 2 and math.gcd(self.channels, self.maps) % 16 == 0 else 8
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a tile has lanes that are no pixels."""
+        odd = self.kh & self.kh - 1 or self.columns != self.kw or self.height % self.kh or self.width % self.kw
+        return bool(odd) and not self.known
+
+    @property
+    def in_row(self) -> bool:
+        """Whether the means of an eight lie next to each other."""
+        if self.channels > 1:
+            return self.channels % 8 == 0
+        return self.kw == 1 and self.width % 8 == 0 and not self.nearest
+
+    @property
+    def alike(self) -> int:
+        """How many of an eight, from its first on, lie in one block."""
+        if self.channels > 1 or self.nearest:
+            return 1
+        return math.gcd(8, self.pixels) if self.means == 1 else math.gcd(8, self.width, self.kw)
+
+
+class Way(NamedTuple):
+    """How a tensor is encoded."""
+
+    plan: Plan
+    outers: int
+    programs: int  # shares of maps
+    warps: int
+    parts: int  # of a map; 0: one kernel does everything but, unless plan.codes, the codes
+
+
+@functools.cache
+def shape_of(
+    shape: tuple[int, ...], channels_last: bool, kernel: tuple[int, int], bits: int, align: str
+) -> tuple[Plan, int]:
+    """Maps and blocks as kernels see them, without shares, and the number of outers. Raises ValueError where no block fits in a map."""
+    n, c, h, w = shape
+    hb, wb = blocks(h, kernel[0], align), blocks(w, kernel[1], align)
+    if not hb * wb:
+        raise ValueError(
+            f"kernel={tuple(kernel)}; allowed for maps of {h} x {w} with align={align!r}: up to their size"
+        )
+    channels, outers = (c, n) if channels_last else (1, n * c)
+    plan = Plan(h, w, channels, kernel[0], kernel[1], hb, wb, align == "authors", bits, whole=False)
+    return replace(plan, whole=math.prod(shape) % plan.lanes == 0), outers
+
+
+@functools.cache
+def way_of(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    itemsize: int,
+    kernel: tuple[int, int],
+    bits: int,
+    align: str,
+    lfc: str,
+    lanes: int,
+    num_warps: int,
+) -> Way:
+    """How to encode x of this shape and itemsize; lanes and num_warps: of the configuration."""
+    plan, outers = shape_of(shape, channels_last, kernel, bits, align)
+    known = align != "ceil" or plan.kh > TALLEST or plan.kh * plan.columns > LARGEST
+    plan = replace(plan, auto=lfc == "auto" and plan.means > 1, known=known)
+    block = 1 if known else plan.kh * plan.columns  # lanes
+    count = triton.next_power_of_2(plan.pixels if known else plan.means)
+    lanes = (
+        lanes // 4 if known else lanes
+    )  # for each column of a block, here of one pixel, four numbers are kept from tile to tile
+    many, warps = lanes, num_warps
+    if plan.channels > 1:
+        bytes_of = plan.pixels * itemsize
+        maps = min(max(_power(2**16 // bytes_of), 32 // itemsize), 64, triton.next_power_of_2(plan.channels))
+        if maps * bytes_of > CROWDED:
+            many, warps = 2 * many, 2 * warps
+        codes = plan.channels % 8 == 0
+        programs = outers * triton.cdiv(plan.channels, maps)
+    else:
+        fill = plan.lanes // math.gcd(plan.lanes, plan.pixels)  # so many maps have whole draws of noise
+        maps = min(max(_power(lanes // (block * count)), fill), triton.next_power_of_2(max(outers, 1)))
+        codes = maps * block * count <= LARGEST or fill == 1
+        maps = maps if maps * block * count <= LARGEST else 1
+        more = min(max(maps * block * count, lanes), LARGEST) // lanes
+        many, warps = many * more, warps * more
+        programs = triton.cdiv(outers, maps)
+    cut = replace(plan, maps=maps, tile=min(count, max(_power(many // (maps * block)), 1)), threads=32 * warps)
+    few = programs <= FEW and cut.tiles * cut.tile * maps * block > 2 * LARGEST
+    if not (known or few or plan.pixels * plan.channels >= 2**31):
+        return Way(replace(cut, codes=codes), outers, programs, warps, 0)
+    many = lanes if known or plan.channels == 1 else 2 * lanes
+    cut = replace(cut, tile=min(count, max(_power(many // (maps * block)), 1)))
+    parts = max(min(PARTS, cut.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
+    parts = triton.cdiv(cut.tiles, triton.cdiv(cut.tiles, parts))  # none of them empty
+    return Way(cut, outers, programs, 2 * num_warps, parts)
+
+
+@functools.cache
+def in_order(plan: Plan, outers: int, threads: int, lanes: int) -> tuple[Plan, tuple[int]]:
+    """For kernels that go over memory in order, `lanes` elements a thread: the plan and the grid."""
+    chunk, item = threads * lanes, plan.pixels * plan.channels
+    fill = 16 // math.gcd(16, item)
+    units = fill * min(triton.cdiv(16 * chunk, fill * item), max(triton.cdiv(outers, fill), 1))
+    plan = replace(plan, units=units, chunks=triton.cdiv(units * item, chunk), threads=threads)
+    return plan, (outers // units * plan.chunks + triton.cdiv(outers % units * item, chunk),)
+
+
+def _power(n: int) -> int:
+    """The largest power of two not above n, 0 for 0."""
+    return 1 << n.bit_length() - 1 if n > 0 else 0

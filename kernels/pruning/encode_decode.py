@@ -1,0 +1,456 @@
+"""Block-sparse pruning on a GPU: encode and decode of pruning.py as Triton kernels, and the public functions that choose.
+
+    encode    scores: one read of x. Selection: PyTorch's stable sorts on the device, nothing waits for the host. Values: one read of the
+              kept blocks alone. x is read where it lies: rows on two levels of strides, any view of [B, T, F] or of its transpose.
+    decode    one write of x~; a block that was dropped is written as zeros, not filled and then overwritten.
+
+Positions become a map [down, across] of slots in `values`, -1 where dropped: 4 bytes a block, and all that those who read blocks need.
+
+Shapes as in pruning.py. Rows and columns are below 2^31 each, elements need not be.
+"""
+
+import torch
+from torch import Tensor
+
+from actpress.kernels.common import launch
+from actpress.kernels.common.launch import cdiv, next_power_of_2, tl, triton
+from actpress.kernels.common.rounding import saturate
+from actpress.kernels.pruning import (
+    Blocks,
+    Grid,
+    block_grid,
+    block_scores_reference,
+    decode_reference,
+    encode_reference,
+    kept_blocks,
+    select_reference,
+    take_reference,
+)
+
+# TILE: elements of a program.
+SCORES_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 4096, "num_warps": 4}, {"TILE": 8192, "num_warps": 8})
+TAKE_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 2048, "num_warps": 4}, {"TILE": 4096, "num_warps": 4})
+DECODE_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 4096, "num_warps": 4}, {"TILE": 2048, "num_warps": 4})
+
+
+@triton.jit
+def row_offset(row, size, outer, inner, TWO_LEVELS: tl.constexpr):
+    """Where a row begins: row r of a matrix whose rows come in groups of `size`, `outer` apart, `inner` apart within."""
+    if TWO_LEVELS:
+        return (row // size).to(tl.int64) * outer + (row % size).to(tl.int64) * inner
+    return row.to(tl.int64) * inner
+
+
+@triton.jit
+def _scores_kernel(
+    x_ptr,
+    scores_ptr,
+    rows,
+    columns,
+    size,
+    outer,
+    inner,
+    column_stride,
+    down,
+    across,
+    TWO_LEVELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TH: tl.constexpr,
+    BH: tl.constexpr,
+    TW: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """TH x TW blocks a program, read in pieces of BH x BW of each."""
+    tiles = tl.cdiv(across, TW)
+    i = tl.program_id(0) // tiles * TH
+    j = tl.program_id(0) % tiles * TW
+    r = tl.arange(0, TH * BH)
+    c = tl.arange(0, TW * BW)
+    total = tl.zeros([TH * BH, TW * BW], dtype=tl.float32)
+    for top in range(0, HEIGHT, BH):
+        # Written so that neighbours are seen to be neighbours where a piece is as high, or wide, as the block.
+        row = i * HEIGHT + r if BH == HEIGHT else (i + r // BH) * HEIGHT + top + r % BH
+        row_inside = (row < rows) & (top + r % BH < HEIGHT)
+        x_row_ptr = x_ptr + row_offset(row, size, outer, inner, TWO_LEVELS)
+        for left in range(0, WIDTH, BW):
+            column = j * WIDTH + c if BW == WIDTH else (j + c // BW) * WIDTH + left + c % BW
+            column_inside = (column < columns) & (left + c % BW < WIDTH)
+            x = tl.load(
+                x_row_ptr[:, None] + column.to(tl.int64)[None, :] * column_stride,
+                mask=row_inside[:, None] & column_inside[None, :],
+                other=0.0,
+            )
+            total += tl.abs(x.to(tl.float32))
+    total = tl.sum(tl.sum(tl.reshape(total, [TH, BH, TW, BW]), axis=3), axis=1)
+    block_row = i + tl.arange(0, TH)[:, None]
+    block_column = j + tl.arange(0, TW)[None, :]
+    mean = tl.div_rn(total, tl.full([TH, TW], HEIGHT * WIDTH, tl.float32))
+    inside = (block_row < down) & (block_column < across)
+    tl.store(scores_ptr + block_row * across + block_column, mean, mask=inside)
+
+
+@triton.jit
+def _take_kernel(
+    x_ptr,
+    index_ptr,
+    weight_ptr,
+    values_ptr,
+    rows,
+    columns,
+    size,
+    outer,
+    inner,
+    column_stride,
+    across,
+    kept,
+    TWO_LEVELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """COUNT kept blocks a program, copied in pieces of BH x BW of each."""
+    slot = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    position = tl.load(index_ptr + slot, mask=slot < kept, other=0)
+    weight = tl.load(weight_ptr + slot, mask=slot < kept, other=0.0) if weight_ptr is not None else None
+    values_ptr += slot.to(tl.int64)[:, None, None] * (HEIGHT * WIDTH)
+    for top in range(0, HEIGHT, BH):
+        h = top + tl.arange(0, BH)
+        row = ((position // across).to(tl.int64)[:, None] * HEIGHT + h[None, :]).to(tl.int32)  # [COUNT, BH]
+        x_row_ptr = x_ptr + row_offset(row, size, outer, inner, TWO_LEVELS)
+        for left in range(0, WIDTH, BW):
+            w = left + tl.arange(0, BW)
+            column = (position % across).to(tl.int64)[:, None] * WIDTH + w[None, :]  # [COUNT, BW]
+            in_block = (slot < kept)[:, None, None] & (h < HEIGHT)[None, :, None] & (w < WIDTH)[None, None, :]
+            x = tl.load(
+                x_row_ptr[:, :, None] + (column * column_stride)[:, None, :],
+                mask=in_block & (row < rows)[:, :, None] & (column < columns)[:, None, :],
+                other=0.0,
+            )
+            if weight_ptr is not None:
+                weighted = x.to(tl.float32) * weight[:, None, None]
+                x = tl.where(x - x == 0, saturate(weighted, x_ptr.dtype.element_ty), weighted)
+            tl.store(values_ptr + h[None, :, None] * WIDTH + w[None, None, :], x, mask=in_block)
+
+
+@triton.jit
+def _map_kernel(index_ptr, map_ptr, kept, BLOCK: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(index_ptr + slot, mask=slot < kept, other=0)
+    tl.store(map_ptr + position, slot, mask=slot < kept)
+
+
+@triton.jit
+def _decode_kernel(
+    values_ptr,
+    map_ptr,
+    x_ptr,
+    rows,
+    columns,
+    down,
+    across,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TH: tl.constexpr,
+    BH: tl.constexpr,
+    TW: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """TH x TW blocks a program, written in pieces of BH x BW of each; tiles are [TH, BH, TW, BW]."""
+    tiles = tl.cdiv(across, TW)
+    i = tl.program_id(0) // tiles * TH + tl.arange(0, TH)
+    j = tl.program_id(0) % tiles * TW + tl.arange(0, TW)
+    known = (i < down)[:, None] & (j < across)[None, :]
+    slot = tl.load(map_ptr + i[:, None] * across + j[None, :], mask=known, other=-1)[:, None, :, None]
+    values_ptr += slot.to(tl.int64) * (HEIGHT * WIDTH)
+    for top in range(0, HEIGHT, BH):
+        h = top + tl.arange(0, BH)
+        row = i[:, None] * HEIGHT + h[None, :]  # [TH, BH]
+        row_inside = ((h < HEIGHT)[None, :] & (row < rows))[:, :, None, None]
+        for left in range(0, WIDTH, BW):
+            w = left + tl.arange(0, BW)
+            column = j[:, None] * WIDTH + w[None, :]  # [TW, BW]
+            inside = row_inside & ((w < WIDTH)[None, :] & (column < columns))[None, None, :, :]
+            in_block = h[None, :, None, None] * WIDTH + w[None, None, None, :]
+            x = tl.load(values_ptr + in_block, mask=inside & (slot >= 0), other=0.0)
+            offset = (row.to(tl.int64) * columns)[:, :, None, None] + column[None, None, :, :]
+            tl.store(x_ptr + offset, x, mask=inside)
+
+
+def matrix(x: Tensor) -> tuple[Tensor, tuple[int, int, int, bool]]:
+    """x [..., C] as a matrix of rows on at most two levels, (size, outer, inner, whether there are two): see row_offset.
+
+    A view that would need more levels is copied.
+    """
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        elif size != 1:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return matrix(x.contiguous())
+    (_, outer), (size, inner) = [(1, 0), (1, 0), *levels][-2:]
+    return x, (size, outer, inner, len(levels) == 2)
+
+
+def _tiling(grid: Grid, tile: int, rows_contiguous: bool = False) -> dict[str, int]:
+    """The blocks of a program, TH x TW, and the piece it reads of each at a time, BH x BW: 128 elements along memory, `tile` in all, or the
+    matrix if that is smaller.
+    """
+    along, other = (grid.height, grid.down), (grid.width, grid.across)
+    along, other = (along, other) if rows_contiguous else (other, along)
+
+    def fit(block: int, blocks: int, limit: int) -> tuple[int, int]:
+        piece = min(next_power_of_2(block), limit)
+        return piece, min(next_power_of_2(blocks), limit // piece)
+
+    along = fit(*along, min(128, tile))
+    other = fit(*other, tile // (along[0] * along[1]))
+    (bh, th), (bw, tw) = (along, other) if rows_contiguous else (other, along)
+    return {"TH": th, "BH": bh, "TW": tw, "BW": bw}
+
+
+def block_scores_triton(x: Tensor, grid: Grid, config: launch.Config = SCORES_CONFIGS[0]) -> Tensor:
+    """`block_scores_reference` of x [..., C] of any strides, in one read: fp32 [n].
+
+    Differs in the order of sums: per piece of a block, then over pieces. Both are within bh * bw roundings of 2^-24 of the exact mean, and
+    equal where sums are exact. Where scores tie to within that, another block may be selected.
+    """
+    x, (size, outer, inner, two_levels) = matrix(x)
+    scores = x.new_empty(grid.down * grid.across, dtype=torch.float32)
+    tiles = _tiling(grid, config["TILE"], rows_contiguous=inner == 1 and x.stride(-1) != 1)
+    launch.run(
+        _scores_kernel,
+        (cdiv(grid.down, tiles["TH"]) * cdiv(grid.across, tiles["TW"]),),
+        *(x, scores, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.down, grid.across),
+        TWO_LEVELS=two_levels,
+        HEIGHT=grid.height,
+        WIDTH=grid.width,
+        **tiles,
+        **options_of(config),
+    )
+    return scores
+
+
+def take_triton(
+    x: Tensor, grid: Grid, index: Tensor, weight: Tensor | None = None, config: launch.Config = TAKE_CONFIGS[0]
+) -> Tensor:
+    """`take_reference` of x [..., C] of any strides, int32 index [K] and fp32 weight [K]: one read of those blocks. Equal bit for bit.
+
+    Rows of a block shorter than 32 bytes waste the rest of the sector they lie in.
+    """
+    index, (x, (size, outer, inner, two_levels)) = index.contiguous(), matrix(x)
+    values = x.new_empty(index.numel(), grid.height, grid.width)
+    bw = min(next_power_of_2(grid.width), 128)
+    bh = min(next_power_of_2(grid.height), config["TILE"] // bw)
+    count = config["TILE"] // (bh * bw)
+    launch.run(
+        _take_kernel,
+        (cdiv(index.numel(), count),),
+        *(x, index, weight, values, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.across),
+        index.numel(),
+        TWO_LEVELS=two_levels,
+        HEIGHT=grid.height,
+        WIDTH=grid.width,
+        COUNT=count,
+        BH=bh,
+        BW=bw,
+        **options_of(config),
+    )
+    return values
+
+
+def encode_by_kernels(
+    x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`encode_reference` of x [..., C] of any strides. Differs as `block_scores_triton` does: in what is selected, and in the
+    last bits of a sample's weights.
+
+    Selection is left to PyTorch: two sorts, of n fp32 scores and of K positions. As radix sorts, about seven and eleven launches, they pass
+    4 and 8 times over key and position: some 120 bytes a block and 260 a kept one, 170 a block at 80%, where an 8x8 block of fp32 is 256.
+    A sample sorts n fp64 numbers and runs about 45 operations, most of them on all n: some 800 bytes a block.
+    """
+    if x.numel() == 0:
+        return x.new_empty(0, height, width), x.new_empty(0, dtype=torch.int32)
+    grid = Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
+    index, weight = select_reference(block_scores_triton(x, grid), kept, noise)
+    index = index.to(torch.int32)
+    return take_triton(x, grid, index, weight), index
+
+
+def slot_map(index: Tensor, grid: Grid) -> Tensor:
+    """Positions [K] -> the slot of each block, int32 [n], -1 where it was dropped."""
+    slots = index.new_full((grid.down * grid.across,), -1)
+    programs = (cdiv(index.numel(), 1024),)
+    launch.run(_map_kernel, programs, index.contiguous(), slots, index.numel(), BLOCK=1024, num_warps=4)
+    return slots
+
+
+def decode_triton(
+    values: Tensor, index: Tensor, rows: int, columns: int, config: launch.Config = DECODE_CONFIGS[0]
+) -> Tensor:
+    """`decode_reference` [rows, columns] in one write of x~ and one read of what is kept; equal bit for bit.
+
+    The map moves 8 bytes a block and 8 a kept one on top, 4% of an 8x8 block in fp32.
+    """
+    grid = Grid(rows, columns, *values.shape[1:])
+    x = values.new_empty(rows, columns)
+    if x.numel() == 0:
+        return x
+    tiles = _tiling(grid, config["TILE"])
+    launch.run(
+        _decode_kernel,
+        (cdiv(grid.down, tiles["TH"]) * cdiv(grid.across, tiles["TW"]),),
+        *(values.contiguous(), slot_map(index, grid), x, rows, columns, grid.down, grid.across),
+        HEIGHT=grid.height,
+        WIDTH=grid.width,
+        **tiles,
+        **options_of(config),
+    )
+    return x
+
+
+def options_of(config: launch.Config) -> dict[str, int]:
+    return {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+
+
+@torch.library.custom_op("actpress::prune_encode", mutates_args=())
+def _encode(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    values, index = encode_reference(*_as_matrix(x, height, width), kept, noise)
+    return values.contiguous(), index
+
+
+@_encode.register_fake
+def _(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(kept, height, width), x.new_empty(kept, dtype=torch.int32)
+
+
+launch.on_cuda(_encode, encode_by_kernels)
+
+
+@torch.library.custom_op("actpress::prune_decode", mutates_args=())
+def _decode(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+    return decode_reference(Blocks(values, index), Grid(rows, columns, *values.shape[1:])).contiguous()
+
+
+@_decode.register_fake
+def _(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+    return values.new_empty(rows, columns)
+
+
+launch.on_cuda(_decode, decode_triton)
+
+
+def encode(x: Tensor, grid: Grid, kept: int, noise: Tensor | None = None) -> Blocks:
+    """x [..., C] of any strides and floating dtype -> its `kept` blocks: the highest scores, or, given noise [1] in [0, 1), a sample.
+
+    grid: block_grid(x.shape, block).
+    """
+    if launch.on_gpu(x):
+        return Blocks(*launch.way(_encode, x)(x, grid.height, grid.width, kept, noise))
+    return encode_reference(x.reshape(grid.rows, grid.columns), grid, kept, noise)
+
+
+def decode(blocks: Blocks, grid: Grid) -> Tensor:
+    """Blocks -> x~ [R, C], zero where no block is kept."""
+    if launch.on_gpu(blocks.values):
+        return launch.way(_decode, blocks.values)(*blocks, grid.rows, grid.columns)
+    return decode_reference(blocks, grid)
+
+
+def _as_matrix(x: Tensor, height: int, width: int) -> tuple[Tensor, Grid]:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]), Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
+
+
+def random_blocks(grid: Grid, sparsity: float, dtype: torch.dtype, device: str) -> Blocks:
+    """Normal values in blocks anywhere: what benchmarks multiply."""
+    kept = kept_blocks(grid, sparsity)
+    index = torch.randperm(grid.down * grid.across, device=device)[:kept].sort().values.to(torch.int32)
+    return Blocks(torch.randn(kept, grid.height, grid.width, dtype=dtype, device=device), index)
+
+
+def cases() -> list[launch.Case]:
+    """Linear inputs of ResMLP-S12 at batch 128: of fc1 (25088 x 384), of fc2 (25088 x 1536), and of the cross-patch layer, a transposed
+    view 128 x 384 x 196. 80% of the blocks are dropped."""
+
+    def block_of(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Grid]:
+        return x, block_grid(x.shape, block)
+
+    def with_index(x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor]:
+        return x, grid, random_blocks(grid, 0.8, x.dtype, x.device.type).index
+
+    def scores_bytes(x: Tensor, grid: Grid) -> int:
+        return launch.nbytes(x) + 4 * grid.down * grid.across
+
+    def take_bytes(x: Tensor, grid: Grid, index: Tensor) -> int:
+        return index.numel() * (2 * grid.height * grid.width * x.itemsize + 4)
+
+    def decode_inputs(block: tuple[int, int], rows: int, columns: int):
+        grid = block_grid(torch.Size((rows, columns)), block)
+        return lambda dtype, device: (*random_blocks(grid, 0.8, dtype, device), rows, columns)
+
+    def decode_floor(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
+        return launch.nbytes(values, index) + rows * columns * values.itemsize
+
+    def decode_bytes(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
+        grid = Grid(rows, columns, *values.shape[1:])  # the map: filled, set where kept, read
+        return decode_floor(values, index, rows, columns) + 8 * grid.down * grid.across + 4 * index.numel()
+
+    shapes = {
+        "fc1": lambda dtype, device: torch.randn(25088, 384, dtype=dtype, device=device),
+        "fc2": lambda dtype, device: torch.randn(25088, 1536, dtype=dtype, device=device),
+        "patches": lambda dtype, device: torch.randn(128, 196, 384, dtype=dtype, device=device).transpose(1, 2),
+    }
+    chosen = [("fc1", block) for block in ((8, 8), (16, 16), (32, 32), (1, 384))]
+    chosen += [("fc2", (8, 8)), ("patches", (8, 8))]
+    found = []
+    for layer, block in chosen:
+        name = f"{layer}_{block[0]}x{block[1]}"
+
+        def make(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
+            return block_of(shapes[layer](dtype, device), block)
+
+        def tiny(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
+            x = torch.randn(2, 60, 40, dtype=dtype, device=device)
+            return block_of(x.transpose(1, 2) if layer == "patches" else x, block)
+
+        found += [
+            launch.Case(
+                f"prune_scores_{name}",
+                make,
+                block_scores_triton,
+                lambda x, grid: block_scores_reference(x.reshape(-1, grid.columns), grid),
+                scores_bytes,
+                scores_bytes,
+                SCORES_CONFIGS,
+                tolerance=1e-6,  # up to 1024 fp32 terms, summed in another order
+                tiny=tiny,
+            ),
+            launch.Case(
+                f"prune_take_{name}",
+                lambda dtype, device, make=make: with_index(*make(dtype, device)),
+                lambda x, grid, index, config: take_triton(x, grid, index, config=config),
+                lambda x, grid, index: take_reference(x.reshape(-1, grid.columns), grid, index).contiguous(),
+                take_bytes,
+                take_bytes,
+                TAKE_CONFIGS,
+                tiny=lambda dtype, device, tiny=tiny: with_index(*tiny(dtype, device)),
+            ),
+        ]
+    for block in ((8, 8), (1, 384)):
+        found.append(
+            launch.Case(
+                f"prune_decode_fc1_{block[0]}x{block[1]}",
+                decode_inputs(block, 25088, 384),
+                decode_triton,
+                lambda values, index, rows, columns: _decode._init_fn(values, index, rows, columns),
+                decode_bytes,
+                decode_floor,
+                DECODE_CONFIGS,
+                tiny=decode_inputs(block, 60, 40),
+            )
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Benchmarks: times of training steps and of kernels, and the battery of all that needs a GPU."""

@@ -1,0 +1,271 @@
+"""Training steps measured: images/s, peak and saved bytes of methods side by side, without data and without an epoch.
+
+The step is the training loop's own (engine.Trainer), on one batch of noise that lies on the device, at learning rate 0: the weights stay as
+they are. Everything measured in one process on one device is a session; speeds are compared within a session only, so each has a row of
+stock PyTorch, and a second one at the end shows how far the device drifted.
+
+A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; step_ms
+{median, iqr, n}, a step's time on the device; host_ms, what Python takes to issue a step, of those that begin with an idle device
+(meters.StepTimer): a GPU waits for Python where it comes near step_ms; None on a CPU, where both are one; peak_bytes, peak_reserved_bytes,
+saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors tell it.
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from actpress import swap, tables
+from actpress.measure import ran_out
+from actpress.train import cli, engine, settings
+
+STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PEAK_STEPS = engine.PEAK_STEP + 2  # the fewest steps that see saved bytes and the peak
+BROKEN = ("CUDA error", "illegal memory access", "device-side assert")
+AIM, FINENESS = (
+    0.97,
+    1 / 32,
+)  # of a search: share of an extrapolated batch that is tried; how exactly the largest is known
+Rows = list[dict[str, Any]]
+Write = Callable[[Rows], None]
+Prepared = tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]
+Rival = Callable[[nn.Module], AbstractContextManager] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a session measures. precision: tf32 is fp32 with matrix products in TF32, fp32 allows none; bf16 and fp16 are autocast.
+    steps: how many are made; the training loop times those that neither warm up nor measure memory. memory: bytes that the device is
+    pretended to have, 0 for what it has. predict: nothing is run, fake tensors tell the saved bytes."""
+
+    model: str
+    batch: int = 64
+    image_size: int = 224
+    num_classes: int = 1000
+    precision: str = "bf16"
+    compile: bool = False
+    channels_last: bool = True
+    device: str = "auto"
+    steps: int = 60
+    memory: int = 0
+    predict: bool = False
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision}, allowed: {', '.join(PRECISIONS)}")
+        for name, least in (("batch", 1), ("image_size", 1), ("num_classes", 1), ("steps", PEAK_STEPS)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}, allowed: whole numbers from {least}")
+
+    def config(self, configs: Path, method: str) -> DictConfig:
+        """The composed training config of one method. Raises InputError for an unknown model or method."""
+        precision = "fp32" if self.precision == "tf32" else self.precision
+        overrides = f"""model={self.model} method={method} data=synthetic data.image_size={self.image_size}
+            data.num_classes={self.num_classes} recipe=quick recipe.epochs=1 recipe.batch_size={self.batch}
+            recipe.optimizer.lr=0.0 recipe.schedule.name=none runtime.device={self.device} runtime.precision={precision}
+            runtime.compile={self.compile} runtime.channels_last={self.channels_last} runtime.deterministic=false
+            runtime.progress=false logger=none"""
+        return cli.compose(overrides.split(), configs)
+
+
+class Batches(list[tuple[Tensor, Tensor]]):
+    """A training set, see engine.Data: the same batches (x_NCHW, y_N) in every epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+def _checkpoint(model: nn.Module) -> AbstractContextManager:
+    """Every block of the network keeps its input alone and is computed again. A block: a member of nn.Sequential that has members."""
+    inside: set[nn.Module] = set()
+    blocks = set()
+    for module in model.modules():  # outer modules come before inner ones
+        if isinstance(module, nn.Sequential) and module not in inside:
+            found = [child for child in module if next(child.children(), None) is not None]
+            blocks.update(found)
+            inside.update(inner for block in found for inner in block.modules())
+    if not blocks:
+        raise ValueError("no block to compute again")
+    apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+    return nullcontext()
+
+
+def _compile_budget(share: float, model: nn.Module) -> AbstractContextManager:
+    """torch.compile keeps about this share of what it would keep, and computes the rest again."""
+    import torch._functorch.config as functorch
+
+    return functorch.patch(activation_memory_budget=share)
+
+
+# What PyTorch itself offers against memory, as a row beside the methods: function of the model -> context in which steps run.
+RIVALS = {"checkpointing": _checkpoint} | {f"compile budget {x}": partial(_compile_budget, x) for x in (0.5, 0.1)}
+
+
+def check(names: Sequence[str], configs: Path) -> None:
+    """Raise ValueError for a name that is neither a method nor one of RIVALS."""
+    known = [*sorted(path.stem for path in (configs / "method").glob("*.yaml")), *RIVALS]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"method {unknown[0]!r} is unknown, allowed: {', '.join(known)}")
+
+
+def session(setting: Setting, wanted: Sequence[str], configs: Path, write: Write) -> Rows:
+    """The rows of methods and RIVALS `wanted`, measured one after the other; write(rows) is called after each.
+
+    A method that fails is a row too; the session ends early only if the device can no longer be used.
+    """
+    rows: Rows = []
+    for name in wanted:
+        rows.append(measure(setting, name, configs))
+        write(rows)
+        if broken(rows):
+            break
+    return rows
+
+
+def broken(rows: Rows) -> bool:
+    """Whether nothing more can be measured in this process, by the last row."""
+    return any(word in (rows[-1]["message"] or "") for word in BROKEN)
+
+
+def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
+    """One row."""
+    rival = RIVALS.get(name)
+    cfg = setting.config(configs, STOCK if rival or name == AGAIN else name)
+    device, begin = settings.device(cfg.runtime.device), time.perf_counter()
+    numbers: dict[str, Any] = {}
+    status, message = "predicted" if setting.predict else "ok", None
+    try:
+        if rival and (setting.predict or ("compile" in name and not setting.compile)):
+            raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
+        if setting.predict:
+            build, method = partial(hydra.utils.instantiate, cfg.model), hydra.utils.instantiate(cfg.method)
+            found = tables.memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
+            numbers["predicted_bytes"] = found["saved_bytes"]
+        else:
+            with precision_of_products(setting.precision):
+                _run(setting, cfg, device, rival, numbers)
+            if setting.memory and (numbers["peak_bytes"] or 0) > setting.memory:  # on CUDA the allocator refuses first
+                raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {setting.memory}")
+    except NotApplicable as error:
+        status, message = "not applicable", str(error)
+    except Exception as error:  # whatever a kernel or a compiler raises is a finding: others are still measured
+        status = "oom" if ran_out(error) else "failed"
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if status == "failed":
+            traceback.print_exc()
+    torch._dynamo.reset()  # what the method left: compiled code and cached memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    seconds = round(time.perf_counter() - begin, 2)
+    return {"method": name, "batch": setting.batch, "status": status, "message": message, **numbers, "seconds": seconds}
+
+
+class NotApplicable(Exception):
+    """There is nothing in this model, or in this mode, that the method changes."""
+
+
+@contextmanager
+def precision_of_products(precision: str) -> Iterator[None]:
+    """For fp32 tensors: TF32 in convolutions and matrix products for "tf32", nowhere for "fp32"; otherwise as it is."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if precision in ("fp32", "tf32"):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival = None) -> Prepared:
+    """(trainer, images, classes, the context that steps run in). Raises NotApplicable."""
+    engine.set_backend(cfg.runtime)
+    if setting.memory and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, setting.memory / total))
+        torch.backends.cudnn.benchmark = False  # or each batch of a search would be tried out for seconds
+    engine.seed_everything(cfg.seed)
+    with device:
+        model = hydra.utils.instantiate(cfg.model)
+    try:
+        swap.apply(model, hydra.utils.instantiate(cfg.method))
+        during = rival(model) if rival else nullcontext()
+    except ValueError as error:
+        raise NotApplicable(str(error).partition("; it has")[0]) from error
+    x = torch.rand(setting.batch, 3, setting.image_size, setting.image_size, device=device)
+    y = torch.randint(setting.num_classes, (setting.batch,), device=device)
+    data = SimpleNamespace(train=Batches([(x, y)] * setting.steps), test=(), num_classes=setting.num_classes)
+    return engine.Trainer(cfg, model, data, device), x, y, during
+
+
+def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, numbers: dict[str, Any]) -> None:
+    """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
+    trainer, x, y, during = prepare(setting, cfg, device, rival)
+    begin = time.perf_counter()
+    with during:
+        if setting.compile:  # the first step compiles; the loop's own measuring starts after it
+            trainer.train_step(x, y)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2)
+        trainer.train_epoch(lambda step, values: None)
+    measured = trainer.metrics()
+    names = ("step_ms", "host_ms", "peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
+    numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})
+
+
+def search(setting: Setting, wanted: Sequence[str], configs: Path, step: int, before: Rows, write: Write) -> Rows:
+    """A row for each probe, a few training steps, on the way to the largest batch that methods can train: known to `step` images or to
+    three percent, in setting.memory bytes. The first is setting.batch; `before`: rows to go on from. write(rows) is called after each."""
+    rows: Rows = []
+    for name in wanted:
+        while True:
+            made = [row for row in (*before, *rows) if row["method"] == name]
+            batch = next_batch(made, setting.batch, step, setting.memory)
+            if batch is None:
+                break
+            rows.append(measure(replace(setting, batch=batch, steps=PEAK_STEPS), name, configs))
+            write(rows)
+            if broken(rows):
+                return rows
+    return rows
+
+
+def next_batch(made: Sequence[Mapping[str, Any]], start: int, step: int, capacity: int) -> int | None:
+    """The batch to try next, a multiple of `step`; None when the largest is known to `step` or to the share FINENESS of it.
+
+    While all fit, the next is extrapolated to `capacity` bytes by a line through the two largest, since memory is nearly affine in the
+    batch; without such a line it is the double. After a failure the interval is cut just below it, after two in half.
+    """
+    if not made or made[-1]["status"] not in ("ok", "oom"):
+        return None if made else start
+    fitting = sorted(
+        (row["batch"], row.get("peak_reserved_bytes") or row["peak_bytes"]) for row in made if row["status"] == "ok"
+    )
+    most = fitting[-1][0] if fitting else 0
+    failing = min((row["batch"] for row in made if row["status"] != "ok"), default=None)
+    room = max(step, int(most * FINENESS) // step * step)
+    if failing is not None:
+        first = sum(row["status"] == "oom" for row in made) == 1
+        guess = max((most + failing) // 2, int(0.9 * failing) * first)
+        return None if failing - most <= room else max(guess // step * step, most + step)
+    guess = 2 * most
+    if len(fitting) > 1 and fitting[-1][1] > fitting[-2][1]:
+        (b, less), (a, more) = fitting[-2:]
+        guess = int(AIM * (a + (capacity - more) * (a - b) / (more - less)))
+    return max(guess // step * step, most + room)

@@ -1,0 +1,1 @@
+"""Pages: Markdown for results/tables, HTML for results/report.html, text for the terminal."""

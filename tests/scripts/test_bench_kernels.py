@@ -1,0 +1,363 @@
+"""scripts/bench_kernels.py and its page, on the tiny profile: what is measured, refused, survived and continued."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench_kernels
+import kernel_report
+from actpress.kernels import masks
+from actpress.kernels.common import launch
+from actpress.kernels.proof import registry, verify
+from devices import INTERPRETED
+from paths import ROOT
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET is not 1")
+RELU = next(case for case in masks.cases() if case.name == "relu")
+
+
+def right(x, config):
+    return x.relu()
+
+
+def inputs(dtype, device):
+    return (torch.randn(64, dtype=dtype, device=device),)
+
+
+def made(name="made", kernel=right, **changes):
+    """A case in plain PyTorch: 64 elements, one configuration."""
+    case = launch.Case(name, inputs, kernel, torch.relu, moved, moved, ({"num_warps": 4},), tiny=inputs)
+    return dataclasses.replace(case, **changes)
+
+
+def moved(x):
+    return 2 * launch.nbytes(x)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """bench(*cases, options) -> (exit code, rows): the script's main with these cases alone, where nothing is compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(bench_kernels.provenance, "source", lambda: {"commit": "some commit", "dirty": False})
+
+    def run(*cases, options=()):
+        monkeypatch.setattr(registry, "all_cases", lambda: {case.name: case for case in cases})
+        code = bench_kernels.main(["profile=tiny", f"out={tmp_path}", *options])
+        return code, kernel_report.read(tmp_path / "triton-interpreter-cpu.csv")
+
+    return run
+
+
+def only(rows, **values):
+    """The one row with these values."""
+    (row,) = [row for row in rows if all(row[key] == value for key, value in values.items())]
+    return row
+
+
+@interpreted
+def test_tiny_profile_end_to_end(bench, tmp_path, capsys):
+    code, rows = bench(RELU, options=["dtypes=float32,bfloat16"])
+    assert code == 0 and capsys.readouterr().out.endswith("complete\n")
+    assert {row["device"] for row in rows} == {"Triton interpreter, CPU"}
+    assert only(rows, dtype="bfloat16")["status"].startswith("skipped: the interpreter")
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    kernels = [row["config"] for row in rows if row["what"] == "kernel"]
+    assert kernels == [registry.describe(RELU, config) for config in RELU.configs] and kernels[0].startswith("default")
+    assert [row["what"] for row in rows if row["what"] != "kernel"] == ["copy", "stock", "reference", "compiled"]
+    for row in rows:
+        assert row["status"] == "ok" and float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    page = (tmp_path / "triton-interpreter-cpu.md").read_text()
+    assert "they say nothing about speed" in page and "| relu | float32 | 1 |" in page
+    assert (tmp_path / "triton-interpreter-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_of_a_row(bench, monkeypatch):
+    """10 single runs of 1 .. 10 ms; the copy takes twice, stock four times as long."""
+    slower = {"copy": 2, "stock": 4}
+    times = {}
+
+    def contestants(*arguments):
+        for what, config, prepare in original(*arguments):
+            times[prepare] = [float(i * slower.get(what, 1)) for i in range(1, 11)]
+            yield what, config, lambda prepare=prepare: prepare
+
+    original = bench_kernels.contestants
+    monkeypatch.setattr(bench_kernels, "contestants", contestants)
+    monkeypatch.setattr(bench_kernels, "timings", lambda function, device: times[function])
+    case = made(stock=torch.relu, flops=lambda x: 11_000_000, floor=lambda x: 2**20, moved=lambda x: 2**21)
+    _, rows = bench(case, options=["dtypes=float32"])
+    kernel = only(rows, what="kernel")
+    assert (kernel["n"], kernel["p20_ms"], kernel["p50_ms"], kernel["p80_ms"]) == ("10", "2.8", "5.5", "8.2")
+    assert float(kernel["gib_per_s"]) == pytest.approx(2**-10 / 5.5e-3, rel=1e-4)
+    assert float(kernel["moved_gib_per_s"]) == pytest.approx(2**-9 / 5.5e-3, rel=1e-4)
+    assert (kernel["fraction_of_copy"], kernel["speedup_over_stock"], kernel["tflops"]) == ("2", "4", "0.002")
+    assert (only(rows, what="stock")["fraction_of_copy"], only(rows, what="copy")["tflops"]) == ("0.5", "")
+
+
+def overflowing(x, config):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+def crashing(x, config):
+    raise TypeError("a bug\nover two lines")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "status"),
+    [
+        pytest.param(lambda x, config: x.relu() * (1 + 2**-20), "red: tensor 0: ", id="wrong by a bit"),
+        pytest.param(lambda x, config: torch.empty_like(x), "red: tensor 0: 64 of 64 elements differ", id="unwritten"),
+        pytest.param(lambda x, config: x.relu()[:63], "red: tensor 0: torch.float32 [63]", id="wrong shape"),
+        pytest.param(lambda x, config: (x.relu(), x), "red: 3 tensors instead of 2", id="one output too many"),
+        pytest.param(lambda x, config: x.relu_().clone(), "red: tensor 1: ", id="changes its input"),
+        pytest.param(crashing, "failed: TypeError: a bug over two lines", id="crashing"),
+    ],
+)
+def test_no_time_for_a_wrong_kernel(bench, tmp_path, capsys, kernel, status):
+    code, rows = bench(made("wrong", kernel), made("right"), options=["dtypes=float32"])
+    assert code == 1
+    row = only(rows, case="wrong", what="kernel")
+    assert row["status"].startswith(status)
+    assert (row["p50_ms"], row["gib_per_s"], row["fraction_of_copy"]) == ("", "", "")
+    assert only(rows, case="right", what="kernel")["status"] == "ok"
+    assert "NOT RIGHT: wrong float32 kernel" in capsys.readouterr().out
+    page = (tmp_path / "triton-interpreter-cpu.md").read_text()
+    assert f"| wrong | float32 | kernel default num_warps=4 | {status}" in page
+    assert bench(made("wrong", kernel), made("right"), options=["dtypes=float32"])[0] == 1, "known, and still wrong"
+    assert bench(made("wrong", kernel), made("right"), options=["dtypes=float32", "cases=right"])[0] == 0
+
+
+def test_each_configuration_is_verified(bench):
+    kernel = lambda x, config: x.relu() + (config["num_warps"] == 8)  # noqa: E731
+    code, rows = bench(made(kernel=kernel, configs=({"num_warps": 4}, {"num_warps": 8})), options=["dtypes=float32"])
+    assert code == 1
+    assert only(rows, config="default num_warps=4")["status"] == "ok"
+    assert only(rows, config="num_warps=8")["status"].startswith("red")
+
+
+def test_functions_that_change_their_input_do_not_meet_each_other(bench):
+    """Doubling in place: a second contestant on the same tensor would be wrong."""
+    case = made(kernel=lambda x, config: x.mul_(2), reference=lambda x: x.mul_(2), stock=lambda x: x.mul_(2))
+    case = dataclasses.replace(case, configs=({"num_warps": 4}, {"num_warps": 8}))
+    code, rows = bench(case, options=["dtypes=float32"])
+    assert code == 0 and {row["status"] for row in rows} == {"ok"}
+
+
+def test_tolerance_is_that_of_the_case(bench):
+    kernel = lambda x, config: x.relu() * (1 + 1e-3)  # noqa: E731
+    assert bench(made("near", kernel, tolerance=1e-2), options=["dtypes=float32"])[0] == 0
+    code, rows = bench(made("far", kernel, tolerance=1e-4), options=["dtypes=float32"])
+    assert code == 1 and "relative error 1.00e-03, allowed 1e-04" in only(rows, what="kernel")["status"]
+
+
+@pytest.mark.parametrize("part", ["kernel", "make", "reference", "stock"])
+def test_out_of_memory_costs_one_case(bench, part):
+    fails = {
+        "make": {"tiny": lambda *_: overflowing(None, None)},
+        "reference": {"reference": lambda x: overflowing(x, None)},
+    }
+    fails |= {"kernel": {"kernel": overflowing}, "stock": {"stock": lambda x: overflowing(x, None)}}
+    code, rows = bench(made("large", **fails[part]), made("small"), options=["dtypes=float32"])
+    assert code == 0
+    assert only(rows, case="large", what="stock" if part == "stock" else "kernel")["status"] == "oom"
+    assert only(rows, case="small", what="kernel")["status"] == "ok"
+
+
+def test_a_second_call_goes_on(bench, monkeypatch, capsys):
+    calls = []
+
+    def counted(dtype, device):
+        calls.append(dtype)
+        return inputs(dtype, device)
+
+    case = made(tiny=counted)
+    before = bench(case)[1]
+    assert calls == [torch.float32, torch.float16]
+    assert bench(case)[1] == before and len(calls) == 2
+    bench(case, options=["fresh=true", "dtypes=float16"])
+    assert len(calls) == 3
+    monkeypatch.setattr(bench_kernels.provenance, "source", lambda: {"commit": "some commit", "dirty": True})
+    after = bench(case, made("new"), options=["cases=made", "dtypes=float32"])[1]
+    assert len(calls) == 4
+    assert {row["commit"] for row in after if row["dtype"] == "float32"} == {"some commit changed"}
+    assert {row["commit"] for row in after if row["dtype"] == "float16"} == {"some commit"}, "kept until measured again"
+    assert {row["case"] for row in bench(made("new"))[1]} == {"new"}, "a case that is no more is dropped"
+
+
+def test_the_budget_ends_between_cases(bench, tmp_path, capsys, monkeypatch):
+    cases = [made(name) for name in ("one", "two", "three")]
+    assert bench(*cases, options=["budget=0", "dtypes=float32"]) == (0, [])
+    assert "3 of 3 left" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+    clock = iter(range(0, 1000, 10))  # ten seconds between any two looks at it
+    monkeypatch.setattr(bench_kernels.time, "monotonic", lambda: next(clock))
+    _, rows = bench(*cases, options=["budget=45", "dtypes=float32"])
+    assert {row["case"] for row in rows} == {"one", "two"}
+    assert "1 of 3 left; the same command goes on" in capsys.readouterr().out
+    _, rows = bench(*cases, options=["dtypes=float32"])
+    assert {row["case"] for row in rows} == {"one", "two", "three"}
+    assert capsys.readouterr().out.endswith("complete\n")
+
+
+def test_cases_of_other_dtypes_are_always_measured(bench):
+    flags = made("flags", lambda x, config: ~x, reference=torch.logical_not, dtypes=(torch.bool,))
+    flags = dataclasses.replace(flags, tiny=lambda dtype, device: (torch.rand(64, device=device) < 0.5,))
+    _, rows = bench(flags, made(), options=["dtypes=float16"])
+    assert {(row["case"], row["dtype"]) for row in rows} == {("flags", "bool"), ("made", "float16")}
+    assert only(rows, case="flags", what="kernel")["status"] == "ok"
+
+
+def test_a_case_without_a_tiny_size_is_named(bench):
+    code, rows = bench(made(tiny=None), options=["dtypes=float32"])
+    assert code == 0 and only(rows)["status"] == "skipped: no tiny size"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("cases=zzz", "no case starts with zzz; there are: made"),
+        ("dtypes=fp32", "dtypes=fp32, allowed: float32, bfloat16, float16"),
+        ("profile=huge", "profile=huge, allowed: full, tiny"),
+        ("budget=-1", "budget=-1"),
+        ("fresh=perhaps", "fresh=perhaps"),
+        ("speed=11", "speed=11"),
+    ],
+)
+def test_bad_options_end_in_one_line(bench, capsys, option, message):
+    assert bench(made(), options=[option]) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@interpreted
+def test_a_table_of_other_columns_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "triton-interpreter-cpu.csv"
+    path.write_text("case,speed\nrelu,very fast\n")
+    assert bench_kernels.main(["profile=tiny", f"out={tmp_path}"]) == 2
+    assert "move it away" in capsys.readouterr().err and path.read_text().endswith("very fast\n")
+
+
+@interpreted
+def test_the_script_does_without_hydra_and_wandb(tmp_path):
+    """Nothing is written into results/ by the tiny profile, and nothing of the harness is imported."""
+    script = ROOT / "scripts" / "bench_kernels.py"
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys(("hydra", "omegaconf", "wandb", "timm", "torchvision")))  # None: importing it fails
+sys.argv, sys.path[0] = sys.argv[1:], {str(script.parent)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    arguments = [script, "profile=tiny", "cases=relu_backward", "dtypes=float32", f"out={tmp_path}"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = kernel_report.read(tmp_path / "triton-interpreter-cpu.csv")
+    assert {row["what"]: row["status"] for row in rows} == dict.fromkeys(
+        ("copy", "kernel", "reference", "compiled"), "ok"
+    ) | {"stock": kernel_report.NO_COUNTERPART}
+    assert bench_kernels.FOLDERS["tiny"] == ROOT / "outputs" / "kernels"
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: profile=full needs a CUDA device; profile=tiny runs without one\n",
+        )
+
+
+def invented(case, dtype, what, config="", ms=(1.0, 1.1, 1.2), status="ok", flops=""):
+    """A row with numbers that were not measured, for the page and the plot alone."""
+    values = {"case": case, "dtype": dtype, "what": what, "config": config, "status": status, "flops": flops}
+    where = {"device": "Invented GPU", "torch": "0", "triton": "0", "commit": "0", "date": "2000-01-01"}
+    return kernel_report.row(ms, floor_bytes=2**30, moved_bytes=2**30, **values, **where)
+
+
+@pytest.fixture
+def rows():
+    """An encoder at .9 and .8 of copy bandwidth, a faster second configuration; a product 2.5 times faster than stock; one that is red."""
+    found = []
+    for dtype, ms in (("float32", 1.0), ("bfloat16", 1.125)):
+        found += kernel_report.compared(
+            [
+                invented("encode", dtype, "copy", ms=(0.9, 0.9, 0.9)),
+                invented("encode", dtype, "kernel", "default A=1", ms=(ms, ms, ms)),
+                invented("encode", dtype, "kernel", "A=2", ms=(0.95, 0.95, 0.95)),
+            ]
+        )
+    found += kernel_report.compared(
+        [
+            invented("product", "float32", "copy", ms=(0.1,), flops=10**12),
+            invented("product", "float32", "kernel", "default B=1", ms=(2.0,), flops=10**12),
+            invented("product", "float32", "stock", ms=(5.0,), flops=10**12),
+        ]
+    )
+    return [*found, invented("broken", "float32", "kernel", "default", ms=(), status="red: tensor 0: all | differ")]
+
+
+def test_page(rows):
+    page = kernel_report.page(rows)
+    assert page.startswith("# Kernels: Invented GPU\n") and "interpreter" not in page
+    moving, products = page.split("## Matrix products")
+    assert "| encode | float32 | 3 | 1 (1 to 1) | 1e+03 | 0.9 | 1.00 |" in moving.replace("1000", "1e+03")
+    assert "At 85% of copy bandwidth or better: 1 of 2." in moving
+    assert "| product | float32 | 1 | 2 (2 to 2) | 500 | 2.5 | 5 (5 to 5) |" in products
+    assert "- encode bfloat16: A=2, 0.95 (0.95 to 0.95) instead of 1.12 (1.12 to 1.12)" in page
+    assert "| broken | float32 | kernel default | red: tensor 0: all / differ |" in page
+    assert "Measured on 2000-01-01: Invented GPU, torch 0, triton 0, commit 0." in page
+
+
+def test_plot(rows, tmp_path):
+    left, right = kernel_report.figure(rows).axes
+    assert [bar.get_width() for bar in left.patches] == [0.8, 0.9], "the first case on top"
+    assert [label.get_text() for label in left.get_yticklabels()] == ["encode, bfloat16", "encode, float32"]
+    assert [bar.get_width() for bar in right.patches] == [2.5]
+    goals = [[line.get_xdata()[0] for line in axes.lines] for axes in (left, right)]
+    assert goals == [[0.85], [2, 3]]
+
+
+def test_page_and_plot_of_nothing(tmp_path):
+    path = tmp_path / "empty.csv"
+    kernel_report.write(path, [])
+    kernel_report.render(path)
+    assert path.with_suffix(".png").stat().st_size > 0 and "nothing measured" in path.with_suffix(".md").read_text()
+
+
+def test_slug():
+    assert kernel_report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.gpu
+def test_on_a_device(tmp_path):
+    code = bench_kernels.main(["cases=relu", "dtypes=bfloat16", f"out={tmp_path}"])
+    (path,) = tmp_path.glob("*.csv")
+    rows = kernel_report.read(path)
+    assert code == 0 and {row["status"] for row in rows} <= {"ok", kernel_report.NO_COUNTERPART}
+    assert path.stem == kernel_report.slug(torch.cuda.get_device_name())
+    for row in rows:
+        if row["status"] == "ok" and row["what"] == "kernel":
+            assert int(row["n"]) > 1 and 0.1 < float(row["fraction_of_copy"]) < 1.5, "not the time of its bytes"
+
+
+@pytest.mark.gpu
+def test_poison_reaches_the_device():
+    with verify.poisoned():
+        assert torch.empty(1000, device="cuda").isnan().all()
+
+
+def test_names_are_measured_in_their_order_and_what_is_not_asked_for_is_left_out(bench):
+    cases = [made("one", configs=({"num_warps": 4}, {"num_warps": 8})), made("two"), made("two_more")]
+    options = ["names=two,one", "dtypes=float32", "what=kernel,stock", "configs=default"]
+    _, rows = bench(*cases, options=options)
+    assert {row["case"] for row in rows} == {"two", "one"}
+    assert {row["what"] for row in rows} == {"copy", "kernel", "stock"}
+    assert len([row for row in rows if row["what"] == "kernel"]) == 2
+    for option, message in (
+        ("names=tw", "names=tw, allowed: one, two"),
+        ("what=all", "what=all"),
+        ("configs=2", "configs=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench_kernels.parse(["profile=tiny", option])
