@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from actpress import tables
-from actpress.measure import derivatives
+from actpress.measure import derivatives, predicted_memory
 from actpress.tables import fidelity
 from actpress.train import cli, data, engine, record, settings
 from actpress.train.run import InputError, files_of
@@ -184,7 +184,7 @@ def _from_page(row: Row) -> Entry | None:
 def _predict(row: Row) -> Entry:
     """Predicted bytes."""
     cfg = compose(row.cell, row.seed)
-    numbers = tables.memory(
+    numbers = predicted_memory(
         lambda: hydra.utils.instantiate(cfg.model),
         hydra.utils.instantiate(cfg.method),
         cfg.recipe.batch_size,

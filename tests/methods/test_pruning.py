@@ -219,7 +219,9 @@ def test_resmlp_saves_what_the_byte_model_says(batch):
         if wanted and ("8x8" in cell.labels["method"] or cell.labels["method"] == "none"):
             cfg = cli.compose([*cell.overrides], CONFIGS)
             method = hydra.utils.instantiate(cfg.method)
-            bytes_ = tables.memory(lambda cfg=cfg: hydra.utils.instantiate(cfg.model), method, batch, 224, "fp32")
+            bytes_ = measure.predicted_memory(
+                lambda cfg=cfg: hydra.utils.instantiate(cfg.model), method, batch, 224, "fp32"
+            )
             values.append([bytes_])
             if isinstance(method, BlockPruning):
                 expected[cell.labels["method"]] = BYTE_MODEL[batch][method.sparsity]

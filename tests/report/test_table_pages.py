@@ -216,7 +216,7 @@ def predictions(monkeypatch):
     """What a memory table predicts, and where: a function that sets them."""
 
     def predict(saved: int, commit: str) -> None:
-        monkeypatch.setattr(tables, "memory", lambda *_: {"saved_bytes": saved})
+        monkeypatch.setattr(table_rows, "predicted_memory", lambda *_: {"saved_bytes": saved})
         here = record.environment("cpu") | {"commit": commit, "dirty": False, "date": f"2026-01-01T00:00:{saved % 60}"}
         monkeypatch.setattr(table_rows.record, "environment", lambda device: here)
 

@@ -7,7 +7,7 @@ import torchvision
 
 import reproduce_table
 import table_rows
-from actpress import tables
+from actpress import measure, tables
 from actpress.methods import Division, Stock
 from actpress.report import headlines
 from paths import ROOT
@@ -209,7 +209,7 @@ def test_division_memory_reproduces_the_paper(network):
     for cell in table.cells:
         labels = cell.labels
         if labels["network"] == network and labels["method"] in methods and labels["batch"] in (64, 512):
-            values[labels["method"], labels["batch"]] = tables.memory(
+            values[labels["method"], labels["batch"]] = measure.predicted_memory(
                 NETS[network], methods[labels["method"]], labels["batch"], 224, "fp32"
             )
     stock = {"ResNet-50": (5.12, 40.97), "WRN-50-2": (6.688, 53.50)}[
@@ -226,7 +226,7 @@ def test_division_memory_reproduces_the_paper(network):
 
 
 def test_precision_halves_activations_but_not_parameters():
-    full, half = (tables.memory(torchvision.models.resnet18, Stock(), 4, 64, p) for p in ("fp32", "bf16"))
+    full, half = (measure.predicted_memory(torchvision.models.resnet18, Stock(), 4, 64, p) for p in ("fp32", "bf16"))
     assert half["saved_bytes"] < 0.6 * full["saved_bytes"] and half["parameter_bytes"] == full["parameter_bytes"]
 
 

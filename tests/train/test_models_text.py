@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from actpress import tables
+from actpress import measure
 from actpress.methods import Inverted, Stock
 from actpress.train import cli, models_text, run
 from paths import ROOT
@@ -49,7 +49,7 @@ def test_unknown_name():
 def test_bert_saves_what_the_formula_says():
     """GELU's input is gone, one bit an element comes: 12 layers of 16 x 512 x 3072 elements in fp32, 1.09 GiB."""
     stock, inverted = (
-        tables.memory(lambda: from_config("bert_base"), method, 16, 0, "fp32")["saved_bytes"]
+        measure.predicted_memory(lambda: from_config("bert_base"), method, 16, 0, "fp32")["saved_bytes"]
         for method in (Stock(), Inverted())
     )
     assert stock - inverted == 12 * 16 * 512 * 3072 * 4 * 31 // 32
@@ -60,7 +60,7 @@ def test_bert_saves_what_the_formula_says():
 def test_mistral_saves_what_was_predicted(precision, saving):
     """32 layers, SDPA attention, percent of all saved bytes, within .3 points."""
     stock, inverted = (
-        tables.memory(lambda: from_config("mistral"), method, 1, 0, precision)["saved_bytes"]
+        measure.predicted_memory(lambda: from_config("mistral"), method, 1, 0, precision)["saved_bytes"]
         for method in (Stock(), Inverted())
     )
     assert 100 * (1 - inverted / stock) == pytest.approx(saving, abs=0.3)

@@ -27,8 +27,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from actpress import swap, tables
-from actpress.measure import ran_out
+from actpress import swap
+from actpress.measure import predicted_memory, ran_out
 from actpress.train import cli, engine, settings
 
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
@@ -152,7 +152,7 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
             raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
         if setting.predict:
             build, method = partial(hydra.utils.instantiate, cfg.model), hydra.utils.instantiate(cfg.method)
-            found = tables.memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
+            found = predicted_memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
             numbers["predicted_bytes"] = found["saved_bytes"]
         else:
             with precision_of_products(setting.precision):

@@ -8,15 +8,14 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from actpress import swap
+from actpress.measure.predict import fake_model, predicted_memory
 from actpress.measure.saved import SavedBytes, saved_bytes, storage_key
 from actpress.swap import first_pass
 
@@ -30,6 +29,7 @@ __all__ = [
     "gradients",
     "peak_bytes",
     "peak_reserved",
+    "predicted_memory",
     "ran_out",
     "rates",
     "saved_bytes",
@@ -42,15 +42,6 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-
-@contextmanager
-def fake_model(build: Callable[[], nn.Module]):
-    """A model of any size without memory: with fake_model(build) as model: ... tensors made inside are fake, on the CPU."""
-    with torch.device("meta"):
-        model = build()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield model.to_empty(device="cpu")
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device | str, state: Iterable[Any] = ()) -> int:

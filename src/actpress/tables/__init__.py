@@ -6,18 +6,14 @@ same for a terminal. A number that was not measured reads "not run" and says wha
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from scipy import stats
-from torch import nn
-
-from actpress import measure, swap
 
 KINDS = ("memory", "training", "fidelity", "error", "function")
 UNITS = {"GiB": 2.0**30, "MiB": 2.0**20, "%": 1.0, "images/s": 1.0, "absolute": 1.0, "epochs": 1.0, "s": 1.0}
@@ -214,50 +210,6 @@ def _expand(name: str, row: Mapping, common: list[str], sweep: Mapping, metrics:
 def _allowed(table: str, what: str, value: Any, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"table {table}: {what} {value!r}, allowed: {', '.join(map(str, allowed))}")
-
-
-def memory(
-    build: Callable[[], nn.Module], method: swap.Method, batch: int, image_size: int, precision: str
-) -> dict[str, int]:
-    """Predicted memory of one training step, in bytes, with fake tensors: nothing is allocated.
-
-    The input is image_size x image_size images, or what the model's `example_input(batch)` says. precision: fp32, bf16 or fp16 (autocast),
-    bf16-true (weights and images in bf16, no autocast). Cross-entropy; SGD with momentum.
-    saved_bytes: the ruler's. index_bytes: the part of it in int32, positions of blocks. model_input_saved: parameters and buffers, input,
-    saved for backward, each storage once. training_bytes: four times the parameters (weights, gradients, two moments), input, saved.
-    authors_activation, authors_total: as DIVISION and ActNN report them. The first is what is allocated after the forward pass less
-    before the image copy, less loss and logits: the image counts. The second is allocated before the backward pass plus after it less at
-    the start: activation, parameters, buffers, gradients, momentum, and the image once more.
-    """
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-true": None}[precision]
-    weights = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with (
-        measure.fake_model(lambda: build().to(weights)) as model,
-        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
-    ):
-        swap.apply(model, method)
-        if hasattr(model, "example_input"):
-            x = model.example_input(batch)
-        else:
-            x = torch.empty(batch, 3, image_size, image_size, dtype=weights)
-        y = torch.empty(batch, dtype=torch.long)
-        with measure.SavedBytes() as saved:
-            logits = model(x)
-            loss = nn.functional.cross_entropy(logits, y)
-        parameters = sum(p.nbytes for p in model.parameters())
-        state = parameters + sum(b.nbytes for b in model.buffers())
-        activation = saved.count(also=[x], less=[logits, loss, y])
-        return {
-            "saved_bytes": saved.bytes,
-            "index_bytes": sum(
-                t.untyped_storage().nbytes() for t in saved.storages().values() if t.dtype == torch.int32
-            ),
-            "parameter_bytes": parameters,
-            "training_bytes": 4 * parameters + saved.count(also=[x]),
-            "model_input_saved": state + saved.count(also=[x]),
-            "authors_activation": activation,
-            "authors_total": activation + state + 2 * parameters + x.nbytes,
-        }
 
 
 @dataclass
