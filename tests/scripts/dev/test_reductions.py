@@ -29,7 +29,9 @@ import json, os, sys
 os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import compile_kernels, reductions
-from actpress.kernels import division, launch, registry
+from actpress.kernels import division
+from actpress.kernels.common import launch
+from actpress.kernels.proof import registry
 
 def scattered(launches):
     return [words for wanted in launches for words in reductions.scattered(compile_kernels.lowered(wanted, 90, "ttgir"))]
