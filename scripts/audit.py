@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"model={configs[0].model.name} does not read images; choose an image classifier")
         size = configs[0].data.image_size
         methods = [method for method in methods if method.changes_model]
-        result = actpress.measure.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
+        result = actpress.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
     print(
         f"{configs[0].model.name}, batch {batch}, {size}x{size}, {options['precision']}: kept for backward, predicted"
     )

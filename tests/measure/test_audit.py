@@ -1,4 +1,4 @@
-"""The audit names who keeps what, and its total is the ruler's."""
+"""actpress.audit: every saved byte belongs to a module, and the total is that of saved_bytes."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ from torch import nn
 
 import actpress
 from actpress import measure
-from actpress.measure.audit import Kept
+from actpress.measure.audit import Saved
 from actpress.methods import Division, Inverted
 
 
 class Net(nn.Module):
-    """A linear's input that ReLU keeps too, and something kept outside of any layer."""
+    """A layer's input that ReLU saves too, and a tensor saved outside of any layer."""
 
     def __init__(self):
         super().__init__()
@@ -26,11 +26,11 @@ MAP = 2 * 8 * 8 * 4  # bytes of one channel at batch 2
 
 def test_every_byte_has_an_owner():
     net = Net()
-    result = actpress.measure.audit(net, (2, 3, 8, 8), methods=[Division()])
+    result = actpress.audit(net, (2, 3, 8, 8), methods=[Division()])
     assert result.stock == {
-        "first": Kept(3 * MAP),
-        "relu": Kept(4 * MAP, ("last",)),
-        "": Kept(5 * MAP),
+        "first": Saved(3 * MAP),
+        "relu": Saved(4 * MAP, ("last",)),
+        "": Saved(5 * MAP),
     }
     assert result.total() == measure.saved_bytes(lambda: net(torch.ones(2, 3, 8, 8)).sum())
     assert result.methods["Division"]["relu"].bytes == 4 * MAP // 32
@@ -40,32 +40,31 @@ def test_every_byte_has_an_owner():
 
 def test_autocast_halves_what_is_kept():
     net = Net()
-    full, half = (actpress.measure.audit(net, (2, 3, 8, 8), dtype).total() for dtype in (torch.float32, torch.bfloat16))
+    full, half = (actpress.audit(net, (2, 3, 8, 8), dtype).total() for dtype in (torch.float32, torch.bfloat16))
     assert half == full / 2
 
 
 def test_table_lists_the_largest_first_and_the_rest_as_a_count():
-    lines = actpress.measure.audit(Net(), (2, 3, 8, 8), methods=[Division()]).table(top=1).splitlines()
-    assert (
-        lines[2].startswith("(model)") and lines[3].strip() == "3 more"
-    )  # the last convolution keeps a code of its own
+    lines = actpress.audit(Net(), (2, 3, 8, 8), methods=[Division()]).table(top=1).splitlines()
+    # The last convolution saves a code of its own.
+    assert lines[2].startswith("(model)") and lines[3].strip() == "3 more"
     assert lines[4].startswith("total") and lines[5].startswith("compression")
 
 
 def test_bad_dtype_is_named():
     with pytest.raises(ValueError, match=r"dtype=torch.int8, allowed: torch.float32"):
-        actpress.measure.audit(Net(), (2, 3, 8, 8), torch.int8)
+        actpress.audit(Net(), (2, 3, 8, 8), torch.int8)
 
 
 def test_two_settings_of_a_method_have_a_column_each():
     methods = [Division(bits=2), Division(bits=8), Division(bits=8), Inverted()]
-    result = actpress.measure.audit(nn.Sequential(Net(), nn.GELU()), (2, 3, 8, 8), methods=methods)
+    result = actpress.audit(nn.Sequential(Net(), nn.GELU()), (2, 3, 8, 8), methods=methods)
     assert list(result.methods) == ["Division(bits=2)", "Division(bits=8) #1", "Division(bits=8) #2", "Inverted"]
     assert result.total("Division(bits=2)") < result.total("Division(bits=8) #1") == result.total("Division(bits=8) #2")
 
 
 def test_a_method_that_matches_nothing_says_so_in_its_column_and_stops_no_other():
-    result = actpress.measure.audit(Net(), (2, 3, 8, 8), methods=[Inverted(), Division()])
+    result = actpress.audit(Net(), (2, 3, 8, 8), methods=[Inverted(), Division()])
     assert result.unmatched == ("Inverted",)
     assert result.total("Inverted") == result.total() > result.total("Division")
     assert str(result).splitlines()[-1].split() == ["matches", "nothing"]

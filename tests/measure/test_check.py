@@ -1,4 +1,4 @@
-"""actpress.check: bytes, gradients and time of a method on a model, which is left alone."""
+"""actpress.check: bytes, gradients and time of a method on a model, which does not change."""
 
 import copy
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def net():
 BATCH = (torch.randn(4, 3, 8, 8), torch.randint(5, (4,)))
 
 
-def test_numbers_are_those_of_the_ruler():
+def test_numbers_are_those_of_saved_bytes():
     model = net()
     found = actpress.check(model, Division(bits=8), BATCH, draws=2, steps=1)
     ours = copy.deepcopy(model)
@@ -31,9 +31,8 @@ def test_numbers_are_those_of_the_ruler():
     for saved, twin in ((found.saved_before, model), (found.saved_after, ours)):
         assert saved == measure.saved_bytes(lambda twin=twin: F.cross_entropy(twin(BATCH[0]), BATCH[1]))
     assert found.ratio == found.saved_before / found.saved_after > 2
-    assert 0.99 < found.cosine < 1 and found.norm_ratio == pytest.approx(
-        1, abs=0.05
-    )  # 8 bits: errors of under a percent
+    # 8 bits: errors below a percent.
+    assert 0.99 < found.cosine < 1 and found.norm_ratio == pytest.approx(1, abs=0.05)
     assert found.step_ratio > 0 and found.draws == 2 and found.loss == "cross-entropy"
     assert "0.weight" in {g.name for g in found.gradients} and found.gradients[0].cosine == min(
         g.cosine for g in found.gradients

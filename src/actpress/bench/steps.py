@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from actpress import swap
-from actpress.measure import predicted_memory, ran_out
+from actpress.measure import is_out_of_memory, predicted_memory
 from actpress.train import cli, engine, settings
 
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
@@ -162,7 +162,7 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
     except NotApplicable as error:
         status, message = "not applicable", str(error)
     except Exception as error:  # whatever a kernel or a compiler raises is a finding: others are still measured
-        status = "oom" if ran_out(error) else "failed"
+        status = "oom" if is_out_of_memory(error) else "failed"
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if status == "failed":
             traceback.print_exc()

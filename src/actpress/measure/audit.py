@@ -1,8 +1,8 @@
-"""What holds my activations, and what would each method save?
+"""actpress.audit: the bytes that each module saves for backward, stock and under each method.
 
-Runs the model once with fake tensors (no memory, seconds at any size), names for every module the tensors its graph keeps for
-backward, and does the same under each method. A tensor kept by several modules counts for the first; the others are named beside it,
-since it stays alive until all of them let go: that is why memory may not drop when one layer is compressed.
+The model runs once with fake tensors, which takes seconds and no memory at any size, and once more for each method. A tensor that several
+modules save counts for the first of them, and the table names the others. Such a tensor stays alive until every one of them releases it,
+so compressing one of the layers may not lower memory.
 """
 
 import copy
@@ -14,7 +14,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from actpress import measure, swap
+from actpress import swap
+from actpress.measure.predict import fake_model
 from actpress.swap import first_pass
 from actpress.swap.saving import Owners
 
@@ -22,31 +23,31 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What one module keeps for backward."""
+class Saved:
+    """What one module saves for backward."""
 
     bytes: int
-    also_kept_by: tuple[str, ...] = ()  # modules that keep one of these very tensors too
+    also_saved_by: tuple[str, ...] = ()  # other modules that save some of the same tensors
 
 
 @dataclass(frozen=True)
 class Audit:
-    """stock and methods: module name -> Kept, "" being what is kept outside of all modules but the model itself."""
+    """Saved bytes by module name. The name "" stands for the model itself: code outside its submodules."""
 
     types: dict[str, str]  # module name -> its stock type
-    stock: dict[str, Kept]
-    methods: dict[str, dict[str, Kept]]  # label of the method -> the same under it
-    unmatched: tuple[str, ...] = ()  # labels of methods that match nothing in the model, which keeps what stock keeps
+    stock: dict[str, Saved]
+    methods: dict[str, dict[str, Saved]]  # method label -> the same under the method
+    unmatched: tuple[str, ...] = ()  # labels of methods that match nothing in the model; their bytes are the stock ones
 
     def total(self, method: str | None = None) -> int:
-        """Bytes kept for backward by the whole model, under `method` or stock."""
-        kept = self.stock if method is None else self.methods[method]
-        return sum(item.bytes for item in kept.values())
+        """Bytes that the whole model saves for backward, stock or under the method with the label `method`."""
+        saved = self.stock if method is None else self.methods[method]
+        return sum(item.bytes for item in saved.values())
 
     def table(self, top: int | None = None) -> str:
-        """Text: a line for each module, largest first (the `top` first ones), and the total."""
+        """Text table: a line for each of the `top` largest modules (None: all), then totals."""
         names = sorted(
-            {*self.stock, *(name for kept in self.methods.values() for name in kept)}, key=self._size, reverse=True
+            {*self.stock, *(name for saved in self.methods.values() for name in saved)}, key=self._size, reverse=True
         )
         columns = [self.stock, *self.methods.values()]
         rows = [
@@ -59,8 +60,8 @@ class Audit:
         rows.append(["total", "", *(f"{total / MIB:.2f}" for total in totals)])
         rows.append(["compression", "", *(_ratio(totals[0], total) for total in totals)])
         if self.unmatched:
-            said = ["matches nothing" if label in self.unmatched else "" for label in self.methods]
-            rows.append(["", "", "", *said])
+            notes = ["matches nothing" if label in self.unmatched else "" for label in self.methods]
+            rows.append(["", "", "", *notes])
         head = ["module", "type", "stock MiB", *(f"{name} MiB" for name in self.methods), "stock tensor also kept by"]
         return tabulate(rows, head, disable_numparse=True, colalign=("left", "left", *["right"] * len(columns), "left"))
 
@@ -68,10 +69,10 @@ class Audit:
         return self.table()
 
     def _size(self, name: str) -> int:
-        return max(kept[name].bytes for kept in (self.stock, *self.methods.values()) if name in kept)
+        return max(saved[name].bytes for saved in (self.stock, *self.methods.values()) if name in saved)
 
     def _shared(self, name: str) -> str:
-        return ", ".join(self.stock[name].also_kept_by) if name in self.stock else ""
+        return ", ".join(self.stock[name].also_saved_by) if name in self.stock else ""
 
 
 def audit(
@@ -80,21 +81,21 @@ def audit(
     dtype: torch.dtype = torch.float32,
     methods: Sequence[swap.Method] = (),
 ) -> Audit:
-    """What each module of `model` keeps for backward, and under each of `methods`. `model` itself is left alone.
+    """Predict the bytes that each module of `model` saves for backward, stock and under each of `methods`.
 
-    input_shape includes the batch, e.g. (64, 3, 224, 224). dtype: float32, or bfloat16 or float16 for autocast. The model must
-    return a tensor, or a tuple or dict of tensors. The column of a method that matches nothing in the model says so. Raises ValueError
-    for other dtypes.
+    input_shape includes the batch, e.g. (64, 3, 224, 224). dtype: float32, or bfloat16 or float16 for autocast; ValueError for others.
+    The model must return a tensor, or a tuple or dict of tensors; it is copied and does not change. The column of a method that matches
+    nothing in the model says so.
     """
     allowed = (torch.float32, torch.bfloat16, torch.float16)
     if dtype not in allowed:
         raise ValueError(f"audit: dtype={dtype}, allowed: {', '.join(map(str, allowed))}")
     types = {name: type(module).__name__ for name, module in model.named_modules()}
-    stock = _kept(model, input_shape, dtype, None)
+    stock = _saved_by_module(model, input_shape, dtype, None)
     columns, unmatched = {}, []
     for label, method in zip(labels(methods), methods, strict=True):
         try:
-            columns[label] = _kept(model, input_shape, dtype, method)
+            columns[label] = _saved_by_module(model, input_shape, dtype, method)
         except swap.NothingMatches:
             columns[label] = stock
             unmatched.append(label)
@@ -102,8 +103,8 @@ def audit(
 
 
 def labels(methods: Sequence[swap.Method]) -> list[str]:
-    """A label of its own for each method: options that differ from their defaults or between methods of one class; equal methods
-    are numbered."""
+    """A unique label for each method. It shows the options that differ from their defaults or between methods of the same class; equal
+    methods are numbered."""
     found = []
     for method in methods:
         same = [other for other in methods if type(other) is type(method)]
@@ -119,11 +120,13 @@ def labels(methods: Sequence[swap.Method]) -> list[str]:
     return found
 
 
-def _kept(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, method: swap.Method | None) -> dict[str, Kept]:
-    with measure.fake_model(lambda: copy.deepcopy(model).to("meta")) as fake:
+def _saved_by_module(
+    model: nn.Module, shape: Sequence[int], dtype: torch.dtype, method: swap.Method | None
+) -> dict[str, Saved]:
+    with fake_model(lambda: copy.deepcopy(model).to("meta")) as fake:
         if method is not None:
             swap.apply(fake, method)
-        first_pass.remove_all(fake)  # the table is the answer, no warning is needed
+        first_pass.remove_all(fake)  # the table replaces the warning of the first pass
         with Owners(fake) as owners, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             out = fake(torch.empty(tuple(shape)))
         sizes: dict[str, int] = defaultdict(int)
@@ -132,11 +135,11 @@ def _kept(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, method: sw
             sizes[piece.owner] += piece.tensor.untyped_storage().nbytes()
             others[piece.owner].update(dict.fromkeys(piece.others))
         del out
-    return {name: Kept(size, tuple(others[name])) for name, size in sizes.items()}
+    return {name: Saved(size, tuple(others[name])) for name, size in sizes.items()}
 
 
-def _mib(kept: Kept | None) -> str:
-    return "" if kept is None else f"{kept.bytes / MIB:.2f}"
+def _mib(saved: Saved | None) -> str:
+    return "" if saved is None else f"{saved.bytes / MIB:.2f}"
 
 
 def _ratio(stock: int, other: int) -> str:

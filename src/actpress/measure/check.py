@@ -1,9 +1,9 @@
-"""The first thing to do with a model of one's own: what does a method save in it, and how good are the gradients?
+"""actpress.check: saved bytes, gradient fidelity and step time of a method on one's own model.
 
     print(actpress.check(model, actpress.methods.Division(), (x, y)))
 
-Runs a few training steps on copies of the model, stock and under the method, at the same weights on the same batch with the same
-randomness of dropout. The model itself, its gradients and buffers, and PyTorch's random generators are left alone.
+A few training steps run on copies of the model, stock and under the method, with the same weights, the same batch and the same dropout
+masks. The model, its gradients and buffers, and the state of PyTorch's random generators do not change.
 """
 
 import copy
@@ -20,20 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from actpress import measure, swap
+from actpress import swap
 from actpress.kernels.common.check import is_integer
+from actpress.measure import memory
 from actpress.swap import first_pass, saving
 from actpress.swap.saving import Dense, Inputs, readable
 
-LEAST_COSINE, LARGEST_SIZE = 0.5, 1.5  # beyond these a warning is issued; sizes below 1 / 1.5 too
-NEGLIGIBLE = (
-    1e-5  # parameters whose exact gradient is this small a part of the whole are not listed: a bias before a norm, say
-)
-WORST, LEAST_SHARE = 3, 0.01  # parameters in the table; dense types have a line from this share on
+# A warning is issued below this cosine, and where the norm ratio is outside [1 / LARGEST_SIZE, LARGEST_SIZE].
+LEAST_COSINE, LARGEST_SIZE = 0.5, 1.5
+# Parameters with an exact gradient below this part of the whole norm, such as a bias before a batch norm, are not listed.
+NEGLIGIBLE = 1e-5
+# The table lists so many parameters, and the dense types with at least this share of the saved bytes.
+WORST, LEAST_SHARE = 3, 0.01
 
 
 class Gradient(NamedTuple):
-    """One parameter's gradient under the method beside the exact one; means over draws."""
+    """One parameter's gradient under the method compared with the exact one; means over draws."""
 
     name: str
     cosine: float
@@ -42,31 +44,31 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` measured. Bytes are those kept for backward on the device by one training forward pass, the loss included."""
+    """Result of `check`. Saved bytes are on the device, of one training forward pass including the loss."""
 
     model: str
     method: str
-    loss: str  # which loss was used
+    loss: str  # name of the loss that was used
     saved_before: int
     saved_after: int
     cosine: float  # of the gradient of all parameters together; mean over draws
     norm_ratio: float
-    step_ratio: float  # time of a training step (forward, backward) over that of the stock model; medians
+    step_ratio: float  # median time of forward and backward, divided by that of the stock model
     draws: int
-    gradients: Sequence[Gradient]  # of each parameter that is not negligible, the lowest cosine first
-    dense: Sequence[Dense]  # (type, bytes, share of what is kept under the method), the largest first
+    gradients: Sequence[Gradient]  # of each parameter that is not negligible, by ascending cosine
+    dense: Sequence[Dense]  # (type, bytes, share of the bytes saved under the method), the largest first
     untouched: Mapping[str, str]  # Report.untouched
     peak_before: int | None = None  # bytes, on CUDA
     peak_after: int | None = None
 
     @property
     def ratio(self) -> float:
-        """How many times less is kept for backward."""
+        """Saved bytes of the stock model over those under the method."""
         return self.saved_before / self.saved_after if self.saved_after else float("inf")
 
     @property
     def is_faithful(self) -> bool:
-        """Cosine of at least .5, and a size within 1.5 of exact."""
+        """Whether the cosine is at least LEAST_COSINE and the norm ratio is within a factor of LARGEST_SIZE."""
         return self.cosine >= LEAST_COSINE and 1 / LARGEST_SIZE <= self.norm_ratio <= LARGEST_SIZE
 
     def __str__(self) -> str:
@@ -108,15 +110,15 @@ def check(
     """Compare training steps of `model` under `method` with stock ones.
 
     batch: x; (x, y); or a dict of keyword arguments.
-    loss: called as loss(output, y) for (x, y), else as loss(output). Without it: the model's own loss where the output has one (`.loss`,
-        or a dict of scalars, whose sum is taken); for (x, y) cross-entropy where y holds integers, mean squared error where y is of the
-        output's shape; else the mean of squares of the output.
-    draws: gradients are means over as many draws of a stochastic method's noise.
-    steps: timed steps of each, alternating.
-    The copies are in training mode; a model that has a method already is compared as it is without. Issues a UserWarning where the
-    cosine of the whole gradient is under .5 or its size is not within 1.5 of exact. Raises ValueError for another batch, a target that
-    fits no loss, draws or steps below 1, a model without trained parameters, an exact gradient that is zero or not finite, and if the
-    method matches nothing.
+    loss: called as loss(output, y) for (x, y), otherwise as loss(output). Default: for (x, y), cross-entropy where y holds class indices
+        and mean squared error where y holds floats of the output's shape; otherwise the model's own loss (`output.loss`, or the sum of
+        a dict of scalars), or the mean of squares of an output without one.
+    draws: number of backward passes under the method; cosines and norm ratios are means over them, because methods may be stochastic.
+    steps: number of timed steps of each model; stock and method alternate.
+    The copies are in training mode. A model that already has a method is compared as if it had none. Issues a UserWarning where the
+    cosine of the whole gradient is below .5 or its norm ratio is not within a factor of 1.5. Raises ValueError for another batch, a target
+    that fits no loss, draws or steps below 1, a model without trained parameters, an exact gradient that is zero or not finite, and a
+    method that matches nothing in the model; RuntimeError in inference mode.
     """
     swap.check_model(model)
     for name, value in (("draws", draws), ("steps", steps)):
@@ -161,7 +163,7 @@ def check(
 
 
 class _Task:
-    """Inputs and loss of a step."""
+    """Inputs and loss of a training step. `used` names the loss once it has been computed."""
 
     def __init__(self, inputs: Inputs, target: Any, loss: Callable[..., Tensor] | None):
         self.inputs, self.target, self.given, self.used = inputs, target, loss, "no loss"
@@ -178,7 +180,7 @@ class _Task:
         )
 
     def loss(self, model: nn.Module) -> Tensor:
-        torch.manual_seed(0)  # random layers draw the same in every step
+        torch.manual_seed(0)  # random layers draw the same numbers in every step
         output = self.inputs.call(model)
         self.used, value = self._loss_of(output)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -213,7 +215,7 @@ def _target_loss(output: Tensor, target: Any) -> tuple[str, Tensor]:
 
 
 def _first(output: Any) -> Tensor:
-    """The tensor that a loss is made of: the output, its logits, or its first floating-point tensor."""
+    """The tensor to compute a loss from: the output's logits, or its first floating-point tensor with a gradient."""
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
@@ -234,7 +236,7 @@ def _gradients(model: nn.Module, task: _Task) -> dict[str, Tensor]:
 
 
 def _compare(approximate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Name -> (cosine, size), "" for all parameters together; a gradient that is missing counts as zero."""
+    """Parameter name -> (cosine, norm ratio), with "" for all parameters together. A missing approximate gradient counts as zero."""
     sums = {}
     for name, g in exact.items():
         a, g = approximate.get(name, torch.zeros_like(g)).double(), g.double()
@@ -268,7 +270,7 @@ def _step_ratio(stock: nn.Module, ours: nn.Module, task: _Task, steps: int, devi
 
 
 def _peak(net: nn.Module, task: _Task, device: torch.device) -> int:
-    peak = measure.peak_bytes(lambda: task.loss(net).backward(), device)
+    peak = memory.peak_bytes(lambda: task.loss(net).backward(), device)
     net.zero_grad(set_to_none=True)
     return peak
 

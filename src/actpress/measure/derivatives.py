@@ -1,8 +1,9 @@
-"""How exact is a derivative that was not computed from the input? Every input of a dtype, against fp64.
+"""Error of the derivative f'(x) of an activation whose codec does not save x, over every input of a dtype.
 
-Error here is |d - f'(x)|, end to end: the layer's own forward pass in the dtype, its code, d in fp32 (fp64 for fp64). Two summaries:
-the largest, and the root mean square for inputs drawn from N(0, 1) and rounded to the dtype. Beside them stands the floor: no function of
-the rounded output and the side of the minimum can do better, since inputs that share both cannot be told apart.
+The error |d - f'(x)| is measured end to end: the layer's forward pass in the dtype, its code, then d in fp32 (fp64 for fp64); f'(x) is
+computed in fp64. It is summarized as the maximum, and as the root mean square over inputs drawn from N(0, 1) and rounded to the dtype.
+The floor is the least error that any function of the rounded output and of the side of the minimum can reach: inputs that have both in
+common cannot be distinguished.
 """
 
 import math
@@ -14,23 +15,24 @@ from torch import Tensor
 from actpress.layers.activation import VARIANTS, Derivative
 
 REACH = 30.0  # inputs |x| <= REACH
-GRID = 2**20  # points of the grid that stands for fp32 and fp64 inputs, uniform in [-REACH, REACH]
-NEAR = 2**-9  # and every fp32 number this close to the minimum, where errors are largest
+GRID = 2**20  # intervals of the uniform grid over [-REACH, REACH] that is used for fp32 and fp64
+NEAR = 2**-9  # the grid also has every fp32 number this close to the minimum, where errors are largest
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Error(NamedTuple):
+class DerivativeError(NamedTuple):
     max: float
     rms: float
     floor_max: float
     floor_rms: float
-    worst_x: float  # where max is
+    worst_x: float  # the input at which the error is largest
 
 
-def derivative_error(derivative: Derivative, variant: str, dtype: str) -> Error:
-    """Error of `derivative` for one of activations.VARIANTS. dtype: fp32, fp64, fp16 or bf16.
+def derivative_error(derivative: Derivative, variant: str, dtype: str) -> DerivativeError:
+    """Error of the codec `derivative` for one of layers.activation.VARIANTS. dtype: "fp64", "fp32", "fp16" or "bf16".
 
-    fp16 and bf16: every input up to REACH; fp32 and fp64: a grid, whose floor is the one given. Raises ValueError for other names.
+    fp16 and bf16 use every input up to REACH; fp32 and fp64 use a grid, and the floor is that of the grid. Raises ValueError for other
+    names.
     """
     for what, value, allowed in (("variant", variant, VARIANTS), ("dtype", dtype, DTYPES)):
         if value not in allowed:
@@ -39,12 +41,13 @@ def derivative_error(derivative: Derivative, variant: str, dtype: str) -> Error:
     x = inputs(function, dtype)
     y = compute(x)
     code, channels_last = derivative.encode(x, function)
-    ones = torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # an upstream that does not round d
+    # An upstream gradient that does not round d.
+    ones = torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     d = derivative.input_grad(ones, code, y if derivative.keeps_output else None, function, channels_last).double()
     exact, probability = slope(x.double(), function), normal_probability(x.double())
     error = (d - exact).abs()
     nearest, mean = _best_for_outputs(y.double(), x.double() < minimum(function), exact, probability)
-    return Error(
+    return DerivativeError(
         error.max().item(),
         (probability * error.square()).sum().sqrt().item(),
         nearest.item(),
@@ -54,7 +57,7 @@ def derivative_error(derivative: Derivative, variant: str, dtype: str) -> Error:
 
 
 def inputs(function: str, dtype: str) -> Tensor:
-    """Every finite fp16 or bf16 number up to REACH, or the grid for fp32 and fp64; ascending, no number twice."""
+    """Every fp16 or bf16 number up to REACH, or the grid for fp32 and fp64; ascending, without duplicates."""
     if DTYPES[dtype].itemsize == 2:
         numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(DTYPES[dtype])
         return numbers[numbers.abs() <= REACH].float().unique().to(DTYPES[dtype])
@@ -65,7 +68,7 @@ def inputs(function: str, dtype: str) -> Tensor:
 
 
 def minimum(function: str) -> float:
-    """x* where f' is 0, by bisection."""
+    """The x at which f' is 0, by bisection."""
     low, high = torch.tensor(-2.0, dtype=torch.float64), torch.tensor(-0.5, dtype=torch.float64)
     for _ in range(60):
         middle = (low + high) / 2
@@ -85,13 +88,17 @@ def slope(x: Tensor, function: str) -> Tensor:
 
 
 def normal_probability(x: Tensor) -> Tensor:
-    """Chance that a draw from N(0, 1) lies nearest to each of the ascending x."""
+    """For each of the ascending x: the probability that a draw from N(0, 1) is nearest to it."""
     below = torch.special.ndtr((x[1:] + x[:-1]) / 2)
     return torch.cat([below[:1] * 0, below, below[:1] * 0 + 1]).diff()
 
 
 def _best_for_outputs(y: Tensor, left: Tensor, exact: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    """Over inputs with the same output and side: the least possible largest error, and for each input the mean of f'."""
+    """What a decoder of (output, side of the minimum) can reach at best.
+
+    Returns its least possible maximum error, and for each input the mean of f' over the inputs with the same output and side: the
+    decoder with the least root mean square error.
+    """
     _, group = torch.stack([y, left.double()]).unique(dim=1, return_inverse=True)
     empty = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
     highest = empty.scatter_reduce(0, group, exact, "amax", include_self=False)

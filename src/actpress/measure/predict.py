@@ -16,7 +16,10 @@ from actpress.measure.saved import SavedBytes
 
 @contextmanager
 def fake_model(build: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """A model of any size without memory: with fake_model(build) as model: ... tensors made inside are fake, on the CPU."""
+    """Build a model of any size without allocating its memory.
+
+    with fake_model(build) as model: ...    Tensors created inside the block are fake and on the CPU.
+    """
     with torch.device("meta"):
         model = build()
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,16 +1,19 @@
-"""Saved bytes: what a graph keeps for the backward pass, on the device and offloaded to the host.
+"""Saved bytes: memory of the tensors that autograd keeps for the backward pass, on the device and offloaded to the host.
 
-A saved_tensors_hook sees every tensor that autograd saves. Of nested hooks only the innermost pair sees a tensor, so hooks that are
-entered inside the measured code (save_on_cpu, a user's own) are wrapped as they are entered, and what they return is searched for tensors.
+The count is exact, does not depend on the device, and works on fake tensors (measure.fake_model), where it is a prediction. It says
+nothing of peak memory.
 
-    what the innermost hook returns                              counted as
+A saved_tensors_hook receives every tensor that autograd saves. Where hooks are nested, only the innermost pair receives the tensor.
+Therefore hooks that are entered inside the measured code (save_on_cpu, a user's own) are wrapped when they are entered, and the value
+that their pack function returns is searched for tensors:
+
+    value returned by the innermost pack                         counted as
     a tensor on the device of the saved one                      device bytes
     save_on_cpu's copy; a tensor, array or bytes on the host     host bytes
     a checkpoint's placeholder                                   nothing: the tensor is computed again
-    neither a tensor nor an object that holds one (a file name)  nothing, and a warning names the hook
+    neither a tensor nor an object that holds one (a file name)  nothing; a warning names the hook
 
-Host bytes do not depend on the machine: where the tensors are on the CPU already, save_on_cpu copies nothing, and what it would copy
-from a GPU is counted.
+Host bytes are the same on every machine: on a CPU save_on_cpu copies nothing, and the bytes that it would copy from a GPU are counted.
 """
 
 import types
@@ -32,27 +35,27 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
 
-OFFLOAD, CHECKPOINT = "save_on_cpu", "_checkpoint_hook"  # PyTorch's own hooks that are known here
+OFFLOAD, CHECKPOINT = "save_on_cpu", "_checkpoint_hook"  # hooks of PyTorch that are recognized
 PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
 }
-SEARCH_DEPTH = 3  # levels of containers and objects in which a hook's result is searched for tensors
+SEARCH_DEPTH = 3  # levels of containers and objects that are searched for tensors in a hook's result
 
 
 class _Saved:
-    """What the graph holds in place of a saved tensor; it dies with the graph."""
+    """Stands in the graph for a tensor that no other hook packs. It is freed with the graph."""
 
     __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: Tensor):
-        # holding a node's output would leak the node; detach shares the version counter
+        # A reference to a node's own output would leak the node. detach shares the version counter.
         self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = _version(tensor)
 
     def unpack(self) -> Tensor:
-        if _version(self.tensor) != self.version:  # hooks switch PyTorch's own check off
+        if _version(self.tensor) != self.version:  # PyTorch's own check is off where hooks are active
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{tuple(self.tensor.shape)}, version {_version(self.tensor)}, expected version {self.version}"
@@ -67,7 +70,7 @@ class _Saved:
 
 
 class _Packed:
-    """What the graph holds where another hook packed the tensor."""
+    """Stands in the graph for a tensor that another hook packs."""
 
     __slots__ = ("__weakref__", "hook", "hook_unpack", "on_device", "on_host", "packed", "shared")
 
@@ -101,20 +104,21 @@ class _Packed:
 
 
 class SavedBytes:
-    """Context manager around a forward pass: the tensors its graph keeps for backward.
+    """Context manager around a forward pass that counts the tensors its graph saves for backward.
 
-    Unique storages, whole; parameters and buffers of the modules that ran, and copies of parameters in another dtype (autocast's),
-    are left out. Read `bytes` (on the device), `host_bytes` (offloaded) or `storages()` while the graph is alive. Counts nothing
-    inside non-reentrant checkpoints but their inputs, as nothing else is kept. A UserWarning names hooks whose result shows no tensor.
-    `casts=False` leaves out the search for cast parameters, which needs a dispatch mode; torch.compile does not compile under one.
+    Each storage counts once and as a whole. Parameters and buffers of the modules that ran are not counted, nor are copies of parameters
+    in another dtype, which autocast makes. Read `bytes` (on the device), `host_bytes` (offloaded) or `storages()` while the graph is
+    alive. A non-reentrant checkpoint counts with its inputs alone, because it saves nothing else. A UserWarning names hooks whose result
+    contains no tensor. `casts=False` also counts the dtype copies of parameters: finding them needs a dispatch mode, under which
+    torch.compile does not compile.
     """
 
     def __init__(self, casts: bool = True):
         self._casts = casts
         self._saved: weakref.WeakSet[_Saved | _Packed] = weakref.WeakSet()
-        self._model_storages: dict[int, Any] = {}  # key -> storage, held so that keys are not reused
+        self._model_storages: dict[int, Any] = {}  # key -> storage; the reference keeps the key from being reused
         self._hidden: dict[str, list[int]] = defaultdict(list)  # hook -> bytes of each tensor that it hides
-        self._named: set[str] = set()  # hooks that a warning has named
+        self._named: set[str] = set()  # hooks that a warning has already named
 
     def __enter__(self) -> "SavedBytes":
         self._stack = ExitStack()
@@ -122,7 +126,7 @@ class SavedBytes:
         self._stack.enter_context(saved_tensors_hooks(*self._around(active_hooks())))
         self._stack.enter_context(_each_entered_hook(self._around))
         if self._casts:
-            torch.clear_autocast_cache()  # a copy made earlier would go unseen
+            torch.clear_autocast_cache()  # a cached copy would not be recognized
             self._stack.enter_context(_ParameterCasts(self._model_storages))
         return self
 
@@ -136,7 +140,7 @@ class SavedBytes:
             self._model_storages.update((storage_key(piece), piece.untyped_storage()) for piece in pieces(tensor))
 
     def _around(self, hooks: Hooks | None) -> Hooks:
-        """Hooks that note what `hooks` keep, or what the graph keeps where there are none."""
+        """Hooks that record what `hooks` return, or the tensor itself where `hooks` is None."""
 
         def pack(tensor: Tensor) -> _Saved | _Packed:
             if hooks is None:
@@ -164,22 +168,22 @@ class SavedBytes:
 
     @property
     def bytes(self) -> int:
-        """On the device."""
+        """Saved bytes on the device."""
         return self.count()
 
     @property
     def host_bytes(self) -> int:
-        """Offloaded to the host by hooks, as save_on_cpu does."""
+        """Saved bytes that hooks such as save_on_cpu offload to the host."""
         self._warn_of_hidden()
         return sum(dict(size for saved in self._saved for size in saved.host_sizes()).values())
 
     @property
     def hidden_bytes(self) -> Mapping[str, int]:
-        """Hook -> bytes of the tensors, before packing, that it keeps where the ruler cannot see them."""
+        """Hook name -> bytes, before packing, of the tensors whose packed form contains no tensor, array or bytes."""
         return {hook: sum(sizes) for hook, sizes in self._hidden.items()}
 
     def count(self, also: Iterable[Tensor] = (), less: Iterable[Tensor] = ()) -> int:
-        """Bytes of the storages, with those of `also` (each once) and without those of `less`."""
+        """Bytes of `storages()` on the device, plus the storages of `also`, minus those of `less`; each storage counts once."""
         counted = self.storages() | {storage_key(tensor): tensor for tensor in also}
         left_out = {storage_key(tensor) for tensor in less}
         return sum(tensor.untyped_storage().nbytes() for key, tensor in counted.items() if key not in left_out)
@@ -196,7 +200,7 @@ class SavedBytes:
 
 
 class _ParameterCasts(TorchDispatchMode):
-    """Marks copies of known storages in another dtype as known too."""
+    """Adds copies of known storages in another dtype to the known ones."""
 
     def __init__(self, known: dict[int, Any]):
         super().__init__()
@@ -211,9 +215,10 @@ class _ParameterCasts(TorchDispatchMode):
 
 
 def saved_bytes(fn: Callable[[], Tensor]) -> int:
-    """Bytes kept on the device for backward by fn, a forward pass that returns a scalar; real or fake tensors. See SavedBytes.
+    """Bytes on the device that fn() saves for backward, with real or fake tensors. See SavedBytes for what counts.
 
-    A UserWarning names what is offloaded to the host: it is not counted.
+    fn runs a forward pass and returns a scalar tensor; ValueError otherwise. Bytes offloaded to the host are not counted; a UserWarning
+    gives their number.
     """
     with SavedBytes() as saved:
         loss = fn()
@@ -230,30 +235,29 @@ def saved_bytes(fn: Callable[[], Tensor]) -> int:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same for tensors that share their memory; reused once the memory is gone."""
+    """Identity of a tensor's storage: equal for tensors that share memory. It may be reused after the storage is freed."""
     return tensor.untyped_storage()._cdata
 
 
 def pieces(tensor: Tensor) -> list[Tensor]:
-    """The tensors with memory of their own that a tensor consists of: itself; indices and values; what a subclass wraps."""
+    """The strided tensors that a tensor consists of: itself, a sparse tensor's indices and values, or the tensors that a subclass wraps."""
     if is_traceable_wrapper_subclass(tensor):
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        return [
-            piece for part in inner if isinstance(part, Tensor) for piece in pieces(part)
-        ]  # a DTensor names its mesh too
+        # A DTensor lists its mesh as well, which is no tensor.
+        return [piece for part in inner if isinstance(part, Tensor) for piece in pieces(part)]
     if tensor.layout == torch.strided:
         return [tensor]
     return [getattr(tensor, name)() for name in PARTS.get(tensor.layout, ())]
 
 
 def active_hooks() -> Hooks | None:
-    """The hooks on saved tensors that PyTorch would use now."""
+    """The innermost hooks on saved tensors that are active now, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def hook_name(pack: Callable) -> str:
-    """The name of PyTorch's own context where `pack` is from one, else the function's: "make_hooks.<locals>.pack"; of the hook that
-    a SavedBytes measures, where `pack` is a SavedBytes's."""
+    """Display name of the hook that `pack` belongs to: OFFLOAD or CHECKPOINT for PyTorch's own, otherwise the function's qualified name,
+    such as "make_hooks.<locals>.pack". Where a SavedBytes wraps a hook, the name of the wrapped one."""
     while (around := getattr(pack, "around", None)) is not None:
         pack = around[0]
     name = getattr(pack, "__qualname__", type(pack).__qualname__)
@@ -265,7 +269,7 @@ def hook_name(pack: Callable) -> str:
 
 @contextmanager
 def _each_entered_hook(around: Callable[[Hooks], Hooks]) -> Iterator[None]:
-    """While open, hooks on saved tensors that any code enters are replaced by around(hooks)."""
+    """Inside this context, hooks on saved tensors that any code enters are replaced by around(hooks)."""
     enter = saved_tensors_hooks.__enter__
 
     def enter_wrapped(context: Any) -> Any:
@@ -282,7 +286,7 @@ def _each_entered_hook(around: Callable[[Hooks], Hooks]) -> Iterator[None]:
 
 
 def _held(value: Any, depth: int) -> Iterator[Any]:
-    """Tensors, arrays and bytes in what a hook returned: itself, or held by a container, an object, a closure."""
+    """Tensors, arrays and bytes in a hook's result: the value itself, or members of a container, an object or a closure."""
     if isinstance(value, Tensor | np.ndarray | bytes | bytearray):
         yield value
     elif isinstance(value, _Saved | _Packed):  # of a SavedBytes inside this one

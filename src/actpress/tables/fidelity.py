@@ -66,7 +66,7 @@ class _Draws:
     def add(self, approximate: Tensor) -> None:
         self.sum += approximate
         self.squares += approximate.square().sum().item()
-        self.fidelities.append(measure.compare(approximate, self.exact))
+        self.fidelities.append(measure.fidelity(approximate, self.exact))
 
     def bias_and_noise(self) -> tuple[float, float]:
         n, norm = len(self.fidelities), self.exact.norm().item()

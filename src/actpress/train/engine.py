@@ -264,7 +264,7 @@ class Trainer:
         now = self._read(sums)
         loss, accuracy = means(now, before)
         recent = self.timer.read()[-REPORT_EVERY:]
-        speed = measure.rates(recent, self.batch_size).median if recent else None
+        speed = measure.items_per_second(recent, self.batch_size).median if recent else None
         peak = self.measured.get("peak_bytes")
         log(
             self.step,
@@ -321,7 +321,7 @@ class Trainer:
         """What a record says about the run so far. Accuracies in %, sizes in bytes, times in seconds; None where unknown."""
         seconds, warmup = self.timer.steady()
         seconds = self._earlier_seconds + seconds
-        rates = measure.rates(seconds, self.batch_size) if seconds else None
+        rates = measure.items_per_second(seconds, self.batch_size) if seconds else None
         last = self.history[-1] if self.history else {}
         best = max(self.history, key=lambda row: row["test_accuracy"], default={})
         return {

@@ -245,7 +245,7 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
         advice = "resume=true goes on from the last checkpoint" if there else "there is no checkpoint to go on from"
         finished = ended("failed", f"{error}; {advice}")
     except Exception as error:
-        if measure.ran_out(error):
+        if measure.is_out_of_memory(error):
             finished = ended("oom", _one_line(error))
         else:
             try:
