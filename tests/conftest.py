@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from actpress.kernels.proof import verify
+from quick import mark_slow
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # in each of several test processes one
 
@@ -32,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

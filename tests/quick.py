@@ -1,0 +1,59 @@
+"""Which parameter sets of a test are quick: `make test` runs these, `make test-all` also those marked slow.
+
+@pytest.mark.quick(4)                           4 of the test's parameter sets stay quick, the others are marked slow
+@pytest.mark.quick(4, "*fp16*", "relu-*")       4 of those whose ids match one of the patterns (fnmatch)
+@pytest.mark.quick(1, per=family)               1 for each value of family(**parameters)
+
+The choice depends on nothing but the order of collection. It takes different values of every parameter, far apart in that order. Tests that
+need a GPU and tests marked slow are not counted.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+
+
+def mark_slow(items: Sequence[pytest.Item]) -> None:
+    """Mark slow what `quick` does not choose."""
+    functions = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("quick") and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for found in functions.values():
+        chosen = set(_chosen(found, *(marker := found[0].get_closest_marker("quick")).args, **marker.kwargs))
+        for item in found:
+            if item not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+def _chosen(
+    items: Sequence[pytest.Item], n: int, *patterns: str, per: Callable[..., Any] | None = None
+) -> list[pytest.Item]:
+    groups = defaultdict(list)
+    for item in items:
+        if not patterns or any(fnmatchcase(item.callspec.id, pattern) for pattern in patterns):
+            groups[per and per(**item.callspec.params)].append(item)
+    if not groups:
+        raise pytest.UsageError(f"{items[0].nodeid}: quick: no parameter set matches {' or '.join(patterns)}")
+    return [group[i] for group in groups.values() for i in spread([item.callspec.indices for item in group], n)]
+
+
+def spread(combinations: Sequence[dict[str, int]], n: int) -> list[int]:
+    """The positions of at most n of the combinations, each of which maps a parameter to the number of its value.
+
+    Starts at the first combination. Then takes the one whose values were taken least; of several, the one farthest from all taken.
+    """
+    taken: list[int] = []
+    uses: Counter = Counter()
+
+    def cost(i: int) -> tuple[int, int]:
+        distance = min((abs(i - j) for j in taken), default=0)
+        return sum(uses[value] for value in combinations[i].items()), -distance
+
+    while len(taken) < min(n, len(combinations)):
+        taken.append(min((i for i in range(len(combinations)) if i not in taken), key=cost))
+        uses.update(combinations[taken[-1]].items())
+    return sorted(taken)
