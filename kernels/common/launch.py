@@ -9,7 +9,8 @@ hence the last bit of a result, must not depend on which was faster today. scrip
 is where its answer goes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,18 +27,21 @@ except ModuleNotFoundError:  # no wheels for this platform: the references remai
     from actpress.kernels.common.without_triton import language as tl
 
 from actpress.kernels.common.interpreter import mend
+from actpress.kernels.common.layout import dense_as, is_channels_last
 
 __all__ = [
     "DTYPES",
     "Case",
     "Config",
     "Launch",
+    "Operation",
     "cdiv",
     "directly",
     "nbytes",
     "next_power_of_2",
     "on_cuda",
     "on_gpu",
+    "operation",
     "recorded",
     "run",
     "tl",
@@ -163,6 +167,110 @@ def on_cuda(op: Any, kernel: Callable, tells: Callable[..., bool] = lambda x, *_
     """
     _kernels[op] = kernel
     op.register_kernel("cuda")(lambda *inputs: (kernel if tells(*inputs) else op._init_fn)(*inputs))
+
+
+class Operation:
+    """A registered operation, its reference and its Triton launcher behind one call; made by `operation`.
+
+    A call takes the arguments of the reference. It runs the reference for CPU and fp64 tensors, the launcher for ordinary CUDA tensors (see
+    `directly`), and the registered operation `op`, actpress::<name>, for all other CUDA tensors. `op` itself takes the arguments of its
+    schema; on the CPU its body is the reference.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        launcher: Callable,
+        empty: Callable,
+        in_order: Sequence[str],
+        mutates: Sequence[str],
+        decides: int,
+        fits: Callable[..., bool] | None,
+    ):
+        signature = inspect.signature(reference)
+        names = list(signature.parameters)
+        self.reference, self.launcher, self.decides, self.fits = reference, launcher, decides, fits
+        self._mutated = tuple(names.index(argument) for argument in mutates)
+        self._in_order = tuple(names.index(argument) for argument in in_order)
+        self._appends_order = bool(in_order) and "channels_last" not in names
+        if self._appends_order:
+            order = inspect.Parameter("channels_last", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=bool)
+            signature = signature.replace(parameters=[*signature.parameters.values(), order])
+        self._order = list(signature.parameters).index("channels_last") if in_order else -1
+
+        def body(*arguments: Any) -> Any:
+            return _plain(reference(*self._ordered(arguments)))
+
+        def fake(*arguments: Any) -> Any:
+            return _plain(empty(*self._ordered(arguments)))
+
+        def cuda(*arguments: Any) -> Any:
+            arguments = self._ordered(arguments)
+            return _plain((launcher if self.runs_kernel(*arguments) else reference)(*arguments))
+
+        body.__signature__ = signature  # torch.library makes the schema from it
+        self.op = torch.library.custom_op(f"actpress::{name}", body, mutates_args=tuple(mutates))
+        self.op.register_fake(fake)
+        self.op.register_kernel("cuda")(cuda)
+
+    def runs_kernel(self, *arguments: Any) -> bool:
+        """Whether a call with these arguments of the reference runs the kernel."""
+        return on_gpu(arguments[self.decides]) and (self.fits is None or self.fits(*arguments))
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.runs_kernel(*arguments):
+            return self.reference(*arguments)
+        if not directly(arguments[self.decides]):
+            order = (is_channels_last(arguments[self._in_order[0]]),) if self._appends_order else ()
+            return self.op(*arguments, *order)
+        result = self.launcher(*arguments)
+        for position in self._mutated:  # as any operation that changes a tensor in place
+            if not arguments[position].is_inference():
+                torch.autograd.graph.increment_version(arguments[position])
+        return result
+
+    def _ordered(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Arguments of the registered operation -> those of the reference, the tensors of `in_order` brought to their memory order."""
+        if not self._in_order:
+            return arguments
+        arguments = list(arguments)
+        channels_last = arguments.pop() if self._appends_order else arguments[self._order]
+        for position in self._in_order:
+            arguments[position] = dense_as(arguments[position], channels_last)
+        return arguments
+
+
+def operation(
+    name: str,
+    reference: Callable,
+    launcher: Callable,
+    empty: Callable,
+    *,
+    in_order: Sequence[str] = (),
+    mutates: Sequence[str] = (),
+    decides: int = 0,
+    fits: Callable[..., bool] | None = None,
+) -> Operation:
+    """Register the operation actpress::<name> and return the callable that picks it, its launcher or its reference.
+
+    reference: the CPU body. Its annotations give the schema of the operation: tensors, numbers, strings and lists of these.
+    launcher: what runs on CUDA tensors. It takes the same arguments and makes tensors dense itself where its kernel needs that.
+    empty: takes the same arguments and returns tensors like those of the reference without computing them, for fake tensors.
+    in_order: names of tensor arguments that the registered operation brings to the memory order `channels_last` (layout.dense_as) before
+        it calls one of the three: compiled code may hand over a tensor in another memory format than the traced one. `channels_last` is an
+        argument of the reference or, if it has none of this name, one that the operation has in addition, as its last: a call fills it in
+        from the first tensor of `in_order`.
+    mutates: names of tensor arguments that are changed in place.
+    decides: position of the tensor whose device and dtype decide whether the kernel runs (`on_gpu`).
+    fits: from the same arguments, whether the kernel can run on a GPU; by default it always can.
+    """
+    return Operation(name, reference, launcher, empty, in_order, mutates, decides, fits)
+
+
+def _plain(result: Any) -> Any:
+    """A NamedTuple as a plain tuple, which registered operations return."""
+    return tuple(result) if isinstance(result, tuple) else result
 
 
 @contextmanager

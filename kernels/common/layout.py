@@ -1,4 +1,6 @@
-"""Memory layout of tensors."""
+"""Memory order of tensors: contiguous or channels_last."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,4 +19,14 @@ def dense(x: Tensor) -> Tensor:
 
 def dense_as(x: Tensor, channels_last: bool) -> Tensor:
     """x in the order that another tensor was packed in; a copy where it lies otherwise."""
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
+    return x.contiguous(memory_format=memory_format(channels_last))
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """torch.channels_last or torch.contiguous_format."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    """An uninitialised tensor in one of the two memory orders."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format(channels_last))

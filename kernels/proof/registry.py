@@ -14,7 +14,7 @@ def all_cases() -> dict[str, launch.Case]:
     package = importlib.import_module("actpress.kernels")
     names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     modules = [importlib.import_module(name) for name in names]
-    cases = [case for module in modules if hasattr(module, "cases") for case in module.cases()]
+    cases = [case for module in modules if callable(getattr(module, "cases", None)) for case in module.cases()]
     named = {case.name: case for case in cases}
     assert len(named) == len(cases), f"two cases of one name: {sorted(case.name for case in cases)}"
     return named

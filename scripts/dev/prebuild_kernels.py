@@ -209,7 +209,7 @@ def compile_kernel(kernel: Kernel) -> tuple[str, str, bool]:
     result = function.warmup(*(given[name] for name in function.arg_names), grid=(1,), **dict(kernel.options))
     if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6 or so each signature has a launcher of its own, in C
         nvidia.CudaLauncher(result.src, result.metadata)
-    return result.hash, f"{kernel.module.rpartition('.')[2]}.{kernel.name}", any(compiled)
+    return result.hash, f"{kernel.module.split('.')[2]}.{kernel.name}", any(compiled)
 
 
 def _mock(pointer: Pointer) -> MockTensor:
@@ -312,7 +312,7 @@ def _done(pool: ProcessPoolExecutor, function: Any, inputs: Sequence, failures: 
 
 def identity() -> dict[str, Any]:
     """All that a cached kernel depends on beside its arguments, and what cached modules in C depend on."""
-    sources = b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").glob("*.py")))
+    sources = b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").rglob("*.py")))
     return {
         "triton": triton.__version__,
         "triton_key": hashlib.sha256(triton_key().encode()).hexdigest(),

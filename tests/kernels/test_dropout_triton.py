@@ -7,6 +7,14 @@ from torch import nn
 from actpress.kernels import dropout, masks
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.common.noise import uniform_reference
+from actpress.kernels.dropout import op
+from actpress.kernels.dropout.cases import cases
+from actpress.kernels.dropout.triton import (
+    dropout_backward_regenerated_triton,
+    dropout_backward_triton,
+    dropout_triton,
+)
+from actpress.kernels.masks.triton import CONFIGS
 from devices import BACKENDS, DEVICES, assert_same, traffic
 
 SIZES = [(0,), (1,), (7,), (8,), (63,), (4097,), (3, 5, 7), (2, 5, 7, 9)]
@@ -29,16 +37,16 @@ def noise_of(x):
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-@pytest.mark.parametrize("config", masks.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_dropout_and_its_gradient_from_the_seed(shape, device, dtype, config):
     x, dy = torch.randn(2, *shape, device=device).to(dtype)
     x.view(-1)[::5] = torch.inf  # dropped, it becomes NaN, as in PyTorch
-    outputs = dropout.dropout_triton(x, 0.3, seed_on(device), config)
+    outputs = dropout_triton(x, 0.3, seed_on(device), config)
     for name, ours, reference in zip(
         ("y", "mask"), outputs, dropout.dropout_reference(x, noise_of(x), 0.3), strict=True
     ):
         assert_same(name, ours, reference)
-    ours = dropout.dropout_backward_regenerated_triton(dy, 0.3, seed_on(device), False, config)
+    ours = dropout_backward_regenerated_triton(dy, 0.3, seed_on(device), False, config)
     assert_same("dx", ours, dropout.dropout_backward_reference(dy, outputs[1], 0.3, False))
 
 
@@ -46,7 +54,7 @@ def test_dropout_and_its_gradient_from_the_seed(shape, device, dtype, config):
 @pytest.mark.parametrize("device", DEVICES)
 def test_dropout_draws_the_mask_of_its_noise_at_any_p(p, device):
     x = torch.randn(5000, device=device)
-    y, packed = dropout.dropout_triton(x, p, seed_on(device))
+    y, packed = dropout_triton(x, p, seed_on(device))
     expected, mask = dropout.dropout_reference(x, noise_of(x), p)
     assert_same("mask", packed, mask)
     assert_same("y", y, expected)
@@ -57,18 +65,18 @@ def test_an_element_is_kept_as_long_as_p_does_not_exceed_its_noise(device):
     x = torch.ones(100, device=device)
     for k, noise in enumerate(noise_of(x).tolist()):
         for p in (noise, noise + 2**-18):
-            y, _ = dropout.dropout_triton(x, p, seed_on(device))
+            y, _ = dropout_triton(x, p, seed_on(device))
             assert (y[k] != 0) == (p == noise), f"element {k}, noise {noise}, p {p}"
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-@pytest.mark.parametrize("config", masks.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_dropout_backward(shape, device, dtype, config):
     dy = torch.randn(shape, device=device).to(dtype)
     dy.view(-1)[::3] = torch.inf
     packed = masks.pack_mask_reference(torch.rand(shape, device=device) > 0.3)
-    ours = dropout.dropout_backward_triton(dy, packed, 0.3, False, config)
+    ours = dropout_backward_triton(dy, packed, 0.3, False, config)
     assert_same("dx", ours, dropout.dropout_backward_reference(dy, packed, 0.3, False))
 
 
@@ -78,7 +86,7 @@ def test_dropout_of_any_strides(order, device, dtype):
     x, dy = torch.randn(2, 2, 6, 5, 7, device=device).to(dtype)
     x = x.to(memory_format=torch.channels_last) if order == "channels_last" else x.transpose(1, 2)
     dy = dy if order == "channels_last" else dy.transpose(1, 2)
-    y, packed = dropout.dropout_triton(x, 0.3, seed_on(device))
+    y, packed = dropout_triton(x, 0.3, seed_on(device))
     channels_last = is_channels_last(x)
     assert is_channels_last(y) == channels_last
     x = x if channels_last else x.contiguous()
@@ -88,8 +96,8 @@ def test_dropout_of_any_strides(order, device, dtype):
         assert_same(name, ours, reference)
     expected = dropout.dropout_backward_reference(dy, packed, 0.3, channels_last)
     for ours in (
-        dropout.dropout_backward_triton(dy, packed, 0.3, channels_last),
-        dropout.dropout_backward_regenerated_triton(dy, 0.3, seed_on(device), channels_last),
+        dropout_backward_triton(dy, packed, 0.3, channels_last),
+        dropout_backward_regenerated_triton(dy, 0.3, seed_on(device), channels_last),
     ):
         assert_same("dx", ours, expected)
         assert is_channels_last(ours) == channels_last
@@ -124,7 +132,7 @@ def test_kernels_move_what_their_cases_declare(n):
         "dropout_backward": (x, packed, 0.3, False),
         "dropout_backward_regenerated": (x, 0.3, seed, False),
     }
-    for case in dropout.cases():
+    for case in cases():
         with traffic() as moved:
             case.kernel(*inputs[case.name])
         assert moved.total == case.moved(*inputs[case.name]), case.name
@@ -135,9 +143,9 @@ def test_kernels_move_what_their_cases_declare(n):
 def operations(x, channels_last):
     packed = masks.pack_mask_reference(x > 0)
     return {
-        "dropout": (dropout._dropout, (x, 0.3, seed_on("cpu"), channels_last)),
-        "dropout_backward": (dropout._dropout_backward, (x, packed, 0.3, channels_last)),
-        "regenerated": (dropout._dropout_backward_regenerated, (x, 0.3, seed_on("cpu"), channels_last)),
+        "dropout": (op._dropout.op, (x, 0.3, seed_on("cpu"), channels_last)),
+        "dropout_backward": (op._dropout_backward.op, (x, packed, 0.3, channels_last)),
+        "regenerated": (op._dropout_backward_regenerated.op, (x, 0.3, seed_on("cpu"), channels_last)),
     }
 
 

@@ -6,6 +6,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actpress.kernels import masks
 from actpress.kernels.common.layout import is_channels_last
+from actpress.kernels.masks import op
+from actpress.kernels.masks.cases import cases
+from actpress.kernels.masks.triton import (
+    CONFIGS,
+    pack_mask_triton,
+    relu_backward_triton,
+    relu_inplace_triton,
+    relu_triton,
+    unpack_mask_triton,
+)
 from devices import BACKENDS, DEVICES, assert_same, last_program_only, traffic
 
 SIZES = [(0,), (1,), (7,), (8,), (63,), (4097,), (3, 5, 7), (2, 5, 7, 9)]
@@ -26,11 +36,11 @@ def strided(kind, x):
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-@pytest.mark.parametrize("config", masks.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_relu(shape, device, dtype, config):
     x = torch.randn(shape, device=device).to(dtype)
     x.view(-1)[::5] = torch.nan
-    for name, ours, reference in zip(("y", "mask"), masks.relu_triton(x, config), masks.relu_reference(x), strict=True):
+    for name, ours, reference in zip(("y", "mask"), relu_triton(x, config), masks.relu_reference(x), strict=True):
         assert_same(name, ours, reference)
 
 
@@ -39,7 +49,7 @@ def test_relu(shape, device, dtype, config):
 def test_relu_in_place(shape, device, dtype):
     x = torch.randn(shape, device=device).to(dtype)
     twin = x.clone()
-    assert_same("mask", masks.relu_inplace_triton(x, False), masks.relu_inplace_reference(twin, False))
+    assert_same("mask", relu_inplace_triton(x, False), masks.relu_inplace_reference(twin, False))
     assert_same("y", x, twin)
 
 
@@ -49,7 +59,7 @@ def test_relu_backward(shape, device, dtype):
     x, dy = torch.randn(2, *shape, device=device).to(dtype)
     dy.view(-1)[::3] = torch.inf
     _, packed = masks.relu_reference(x)
-    ours = masks.relu_backward_triton(dy, packed, False)
+    ours = relu_backward_triton(dy, packed, False)
     assert_same("dx", ours, masks.relu_backward_reference(dy, packed, False))
 
 
@@ -57,13 +67,13 @@ def test_relu_backward(shape, device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_relu_of_any_strides(strides, device, dtype):
     x = strided(strides, torch.randn(2, 6, 5, 7, device=device).to(dtype))
-    y, packed = masks.relu_triton(x)
+    y, packed = relu_triton(x)
     assert is_channels_last(y) == is_channels_last(x)
     expected = x.relu()
     assert_same("y", y, expected)
     assert_same("mask", masks.unpack_mask_reference(packed, x.shape, is_channels_last(y)), expected > 0)
     dy = torch.randn_like(x)
-    ours = masks.relu_backward_triton(dy, packed, is_channels_last(y))
+    ours = relu_backward_triton(dy, packed, is_channels_last(y))
     assert is_channels_last(ours) == is_channels_last(y)
     assert_same("dx", ours, masks.relu_backward_reference(dy, packed, is_channels_last(y)))
 
@@ -74,7 +84,7 @@ def test_relu_in_place_of_any_strides(strides, device):
     x = torch.randn(2, 6, 5, 7, device=device)
     y = strided(strides, x)
     expected = y.relu()
-    packed = masks.relu_inplace_triton(y, is_channels_last(y))
+    packed = relu_inplace_triton(y, is_channels_last(y))
     assert_same("y", y, expected)
     assert_same("mask", masks.unpack_mask_reference(packed, y.shape, is_channels_last(y)), expected > 0)
     assert_same("mask of the reference", masks.relu_(y), packed)
@@ -82,21 +92,21 @@ def test_relu_in_place_of_any_strides(strides, device):
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("config", masks.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_masks_pack_and_unpack(shape, device, config):
     mask = torch.rand(shape, device=device) > 0.3
-    packed = masks.pack_mask_triton(mask, config)
+    packed = pack_mask_triton(mask, config)
     assert_same("packed", packed, masks.pack_mask_reference(mask))
-    assert_same("mask", masks.unpack_mask_triton(packed, mask.shape, False, config), mask)
+    assert_same("mask", unpack_mask_triton(packed, mask.shape, False, config), mask)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_masks_of_any_strides_pack_and_unpack(strides, device):
     mask = strided(strides, torch.rand(2, 6, 5, 7, device=device) > 0.3)
-    packed = masks.pack_mask_triton(mask)
+    packed = pack_mask_triton(mask)
     assert_same("packed", packed, masks.pack_mask_reference(mask))
-    unpacked = masks.unpack_mask_triton(packed, mask.shape, is_channels_last(mask))
+    unpacked = unpack_mask_triton(packed, mask.shape, is_channels_last(mask))
     assert_same("mask", unpacked, mask)
     assert is_channels_last(unpacked) == is_channels_last(mask)
 
@@ -106,13 +116,13 @@ def test_kernels_move_what_their_cases_declare(n):
     x, mask = torch.randn(n), torch.rand(n) > 0.5
     packed = masks.pack_mask_reference(mask)
     calls = {
-        "relu": (lambda: masks.relu_triton(x), (x,)),
-        "relu_": (lambda: masks.relu_inplace_triton(x, False), (x,)),
-        "relu_backward": (lambda: masks.relu_backward_triton(x, packed, False), (x,)),
-        "pack_mask": (lambda: masks.pack_mask_triton(mask), (mask,)),
-        "unpack_mask": (lambda: masks.unpack_mask_triton(packed, mask.shape, False), (packed, mask.shape, False)),
+        "relu": (lambda: relu_triton(x), (x,)),
+        "relu_": (lambda: relu_inplace_triton(x, False), (x,)),
+        "relu_backward": (lambda: relu_backward_triton(x, packed, False), (x,)),
+        "pack_mask": (lambda: pack_mask_triton(mask), (mask,)),
+        "unpack_mask": (lambda: unpack_mask_triton(packed, mask.shape, False), (packed, mask.shape, False)),
     }
-    for case in masks.cases():
+    for case in cases():
         run, inputs = calls[case.name]
         with traffic(on_chip=0) as moved:  # 0: what is read in order to be overwritten is read
             run()
@@ -124,11 +134,11 @@ def test_kernels_move_what_their_cases_declare(n):
 def operations(x, dy, packed):
     channels_last = is_channels_last(x)
     return {
-        "relu": (masks._relu, (x, channels_last)),
-        "relu_": (masks._relu_inplace, (x.clone(memory_format=torch.preserve_format), channels_last)),
-        "relu_backward": (masks._relu_backward, (dy, packed, channels_last)),
-        "pack_mask": (masks._pack_mask, (x > 0, channels_last)),
-        "unpack_mask": (masks._unpack_mask, (packed, list(x.shape), channels_last)),
+        "relu": (op._relu.op, (x, channels_last)),
+        "relu_": (op._relu_inplace.op, (x.clone(memory_format=torch.preserve_format), channels_last)),
+        "relu_backward": (op._relu_backward.op, (dy, packed, channels_last)),
+        "pack_mask": (op._pack_mask.op, (x > 0, channels_last)),
+        "unpack_mask": (op._unpack_mask.op, (packed, list(x.shape), channels_last)),
     }
 
 
@@ -154,11 +164,11 @@ def test_operations_compile_in_one_graph():
 
     @torch.compile(fullgraph=True)
     def step(x, dy):
-        y, packed = masks._relu(x * 2, False)
+        y, packed = op._relu.op(x * 2, False)
         z = x * 3
-        again = masks._relu_inplace(z, False)
-        mask = masks._unpack_mask(packed, x.shape, False)
-        return y, z, packed, again, masks._pack_mask(mask, False), masks._relu_backward(dy, packed, False)
+        again = op._relu_inplace.op(z, False)
+        mask = op._unpack_mask.op(packed, x.shape, False)
+        return y, z, packed, again, op._pack_mask.op(mask, False), op._relu_backward.op(dy, packed, False)
 
     _, packed = masks.relu_reference(x)
     expected = ((x * 2).relu(), (x * 3).relu(), packed, packed, packed, dy * (x > 0))
@@ -169,10 +179,10 @@ def test_operations_compile_in_one_graph():
 def test_operations_run_on_fake_tensors():
     with FakeTensorMode():
         x = torch.empty(2, 6, 5, 7)
-        y, packed = masks._relu(x, False)
+        y, packed = op._relu.op(x, False)
         assert (y.shape, packed.shape) == ((2, 6, 5, 7), (53,))
-        assert masks._relu_inplace(x, False).shape == (53,)
-        assert masks._relu_backward(y, packed, True).stride() == (210, 1, 42, 6)
+        assert op._relu_inplace.op(x, False).shape == (53,)
+        assert op._relu_backward.op(y, packed, True).stride() == (210, 1, 42, 6)
 
 
 @pytest.mark.slow
@@ -182,6 +192,6 @@ def test_relu_past_two_to_the_31_elements(device):
     x = torch.empty(n, dtype=torch.float16)
     x[-4096:] = torch.randn(4096)
     with last_program_only():
-        y, packed = masks.relu_triton(x)
+        y, packed = relu_triton(x)
     for name, ours, reference in zip(("y", "mask"), (y[-8:], packed[-1:]), masks.relu_reference(x[-8:]), strict=True):
         assert_same(name, ours, reference)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,7 +138,7 @@ def refuse_operations(monkeypatch):
     def refused(op, *_):
         raise AssertionError(f"{op._qualname} was called")
 
-    monkeypatch.setattr(type(masks._relu), "__call__", refused)
+    monkeypatch.setattr(CustomOpDef, "__call__", refused)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need the interpreter")

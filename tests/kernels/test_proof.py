@@ -87,7 +87,7 @@ def test_no_kernel_escapes_the_proofs():
         for name, function in vars(module).items()
         if name.endswith("_triton") and inspect.isfunction(function)
     }
-    jitted = type(sys.modules["actpress.kernels.masks"]._relu_kernel)
+    jitted = type(sys.modules["actpress.kernels.masks.triton"]._relu_kernel)
     kernels = {
         value.__name__
         for module in MODULES
@@ -102,12 +102,12 @@ def test_no_kernel_escapes_the_proofs():
 def test_no_kernel_asks_a_number_for_what_the_number_1_lacks():
     """Triton hands a kernel an argument of value 1 as a constant, which has no `to`; tl.cast takes both."""
     found = []
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
             if function.name.endswith("_kernel") and function.decorator_list:
                 numbers = {arg.arg for arg in function.args.args if arg.annotation is None} - {"self"}
                 found += [
-                    f"{path.name}:{node.lineno} {node.value.id}.{node.attr}"
+                    f"{path.parent.name}/{path.name}:{node.lineno} {node.value.id}.{node.attr}"
                     for node in ast.walk(function)
                     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
                     if node.value.id in numbers and not node.value.id.endswith("_ptr")
@@ -216,7 +216,7 @@ def test_memory_is_poisoned_although_a_run_switched_the_filling_off(monkeypatch)
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET is not 1")
 def test_an_address_outside_is_noticed():
-    relu = sys.modules["actpress.kernels.masks"]
+    relu = sys.modules["actpress.kernels.masks.triton"]
     x, y, packed = torch.randn(9), torch.empty(9), torch.empty(2, dtype=torch.uint8)
     for tensors in ((x, y[:8], packed), (x[:8], y, packed), (x, y, packed[:1])):
         with addresses_checked(), pytest.raises(Exception, match="outside of every tensor"):
@@ -327,7 +327,9 @@ def in_fp64(value: object) -> object:
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("test_triton_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests" / "kernels").glob("test_*_triton.py")), ids=lambda file: file.stem
+)
 def test_memcheck(file):
     """The small inputs of a family's tests under compute-sanitizer, each tensor in an allocation of its own; at most four minutes."""
     pytest_command = [

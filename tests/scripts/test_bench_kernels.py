@@ -10,14 +10,14 @@ import torch
 
 import bench_kernels
 import kernel_report
-from actpress.kernels import masks
 from actpress.kernels.common import launch
+from actpress.kernels.masks.cases import cases as mask_cases
 from actpress.kernels.proof import registry, verify
 from devices import INTERPRETED
 from paths import ROOT
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET is not 1")
-RELU = next(case for case in masks.cases() if case.name == "relu")
+RELU = next(case for case in mask_cases() if case.name == "relu")
 
 
 def right(x, config):

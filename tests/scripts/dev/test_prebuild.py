@@ -68,8 +68,8 @@ import sys
 sys.path.insert(0, "scripts/dev")
 import prebuild_kernels as prebuild
 import torch, triton
-from actpress.kernels import masks
 from actpress.kernels.common import launch
+from actpress.kernels.masks import triton as masks
 triton.runtime.driver.set_active(prebuild._Target())
 binder = masks._relu_kernel.device_caches[0][-1]
 whole = torch.empty(64, dtype=torch.float32)
