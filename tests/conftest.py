@@ -1,5 +1,6 @@
 """What every test shares: seeds, a bound on threads, the paths of the repository and of real data."""
 
+import gc
 import importlib
 import os
 import random
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the collected tests: training collects at its start, which would take seconds with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
