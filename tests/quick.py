@@ -38,22 +38,25 @@ def _chosen(
             groups[per and per(**item.callspec.params)].append(item)
     if not groups:
         raise pytest.UsageError(f"{items[0].nodeid}: quick: no parameter set matches {' or '.join(patterns)}")
-    return [group[i] for group in groups.values() for i in spread([item.callspec.indices for item in group], n)]
+    return [group[i] for group in groups.values() for i in spread([_values(item) for item in group], n)]
 
 
-def spread(combinations: Sequence[dict[str, int]], n: int) -> list[int]:
-    """The positions of at most n of the combinations, each of which maps a parameter to the number of its value.
+def _values(item: pytest.Item) -> dict[str, int]:
+    """Parameter -> identity of its value: parametrize hands the same object to all combinations."""
+    return {name: id(value) for name, value in item.callspec.params.items()}
+
+
+def spread(combinations: Sequence[dict[Any, int]], n: int) -> list[int]:
+    """The positions of at most n of the combinations, each of which maps parameters to values.
 
     Starts at the first combination. Then takes the one whose values were taken least; of several, the one farthest from all taken.
     """
-    taken: list[int] = []
+    count = len(combinations)
     uses: Counter = Counter()
-
-    def cost(i: int) -> tuple[int, int]:
-        distance = min((abs(i - j) for j in taken), default=0)
-        return sum(uses[value] for value in combinations[i].items()), -distance
-
-    while len(taken) < min(n, len(combinations)):
-        taken.append(min((i for i in range(len(combinations)) if i not in taken), key=cost))
-        uses.update(combinations[taken[-1]].items())
-    return sorted(taken)
+    distances = [count] * count  # to the nearest combination taken; 0 for those taken
+    for _ in range(min(n, count)):
+        open_ = [i for i in range(count) if distances[i]]
+        best = min(open_, key=lambda i: (sum(uses[value] for value in combinations[i].items()), -distances[i]))
+        uses.update(combinations[best].items())
+        distances = [min(distance, abs(i - best)) for i, distance in enumerate(distances)]
+    return [i for i in range(count) if not distances[i]]

@@ -66,6 +66,7 @@ def assert_same_code(ours, reference):
         assert_same(name, getattr(ours, name), getattr(reference, name))
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -76,6 +77,7 @@ def test_encode_byte_for_byte(name, bits, channels_last, device, dtype):
     assert_same_code(*both(x, kernel_of(shape, block), bits, "ceil", "always"))
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", ["7x7", "28x28", "9x13", "channels 16"])
 @pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -97,6 +99,7 @@ def both_kinds(shape, block, dtype, device):
     return x
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["14x14", "28x28", "56x56", "channels 24"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -124,6 +127,7 @@ WAYS = {  # shape, channels_last, block: several tiles a map; parts; means taken
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(
     ("name", "lfc"),
     [*((name, "auto") for name in WAYS), *((name, "always") for name in ("tiles", "parts", "tall blocks"))],
@@ -148,6 +152,7 @@ def test_any_strides(strides, device, dtype):
     assert_same_code(*both(x, (8, 8), 2, "ceil", "always"))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("align", division.ALIGN)
 @pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -169,6 +174,7 @@ def test_what_is_not_finite_stays_in_its_map(align, lfc, channels_last, device, 
     assert decoded.isnan().flatten(2).all(2).sum() == decoded.isnan().flatten(2).any(2).sum() == 5
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("bits", [1, 2, 8])
@@ -232,6 +238,7 @@ def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
     assert_same("codes of maps with equal means", a, b)
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -257,6 +264,7 @@ def test_empty(device):
     assert division.decode_triton(code, x.shape, x.dtype, False, (8, 8), 2, "ceil").shape == x.shape
 
 
+@pytest.mark.quick(6)
 @pytest.mark.skipif(not INTERPRETED, reason="counted in the interpreter")
 @pytest.mark.parametrize("case", division.cases(), ids=lambda case: case.name)
 def test_declared_bytes_are_those_counted(case, monkeypatch):
@@ -331,6 +339,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_channels_last_kernels_access_memory_in_16_bytes():
     """What compilers make of them for sm_90, in bytes of each load and store of a thread."""
     scripts = ROOT / "scripts" / "dev"

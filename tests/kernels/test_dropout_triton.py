@@ -157,6 +157,7 @@ def test_operations_are_registered_as_pytorch_wants_them(name, memory_format):
     torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_public_functions_agree_on_the_cpu(memory_format, dtype):

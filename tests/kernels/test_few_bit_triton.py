@@ -27,6 +27,7 @@ def tensors(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+@pytest.mark.quick(16)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -44,6 +45,7 @@ def test_sizes(device, dtype, bits, shape):
     assert_same("dx", ours, few_bit.input_grad_reference(dy, planes, "silu", bits, False))
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("function", TABLES)

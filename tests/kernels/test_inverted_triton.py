@@ -155,6 +155,7 @@ def test_bits_of_every_16_bit_input(device, function, dtype):
     assert_same("bits", inverted.left_bits_triton(x, function, LARGE), inverted.left_bits_reference(x, function))
 
 
+@pytest.mark.quick(7, "*-bf16", "*-fp16")
 @pytest.mark.parametrize(("variant", "dtype"), [key for key in LIMITS if key[1] != "fp64"], ids=lambda v: v)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("worst_case")
@@ -176,6 +177,7 @@ def measured(x, d, function):
     return error.max().item(), (derivatives.normal_probability(x.double()) * error.square()).sum().sqrt().item()
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("device", DEVICES)
@@ -202,6 +204,7 @@ def test_fused_forward_over_every_input(device, function, dtype):
     assert most <= limits[0] and rms <= limits[1], f"max {most:.3e}, rms {rms:.3e}"
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("function", [key for key in inverted.FITS if ":" in key])
 @pytest.mark.parametrize("device", DEVICES)
@@ -215,6 +218,7 @@ def test_other_decoders(device, function, dtype):
     assert (found - expected).abs().max() <= (2e-6 if dtype == "fp32" else 2e-4)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("function", inverted.FITS)
 @pytest.mark.parametrize("device", DEVICES)

@@ -72,6 +72,7 @@ def compare_backward(dy, offset, shape, window, channels_last, config=max_pool.C
     assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -115,6 +116,7 @@ def test_gradient_equals_that_of_stock(device):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # up to four numbers in another order on CUDA
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_kernels_move_what_their_cases_declare(geometry, memory_format):
@@ -129,6 +131,7 @@ def test_kernels_move_what_their_cases_declare(geometry, memory_format):
     assert moved.total == max_pool.max_pool2d_backward_bytes(*inputs)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(2, 3, 25, 30), (1, 20, 25, 11)], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_tiles_that_share_borders_move_what_their_cases_declare(shape, memory_format):

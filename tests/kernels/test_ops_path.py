@@ -170,6 +170,18 @@ def test_whoever_looks_sees_operations():
         assert not any(seen) and len(seen) == 2
 
 
+@pytest.mark.quick(
+    9,
+    "relu, contiguous",
+    "dropout, contiguous",
+    "max pool, contiguous",
+    "division of tokens*",
+    "pooling, contiguous",
+    "pruning*",
+    "inverted, contiguous",
+    "few-bit, contiguous",
+    "quantize groups, contiguous",
+)
 @pytest.mark.parametrize(("case", "memory_format"), PAIRS)
 def test_compiled(case, memory_format, monkeypatch):
     """Against the direct path compiled: compiled code may draw noise, dropout's too, in another order."""
@@ -181,6 +193,7 @@ def test_compiled(case, memory_format, monkeypatch):
         assert error < 0.02, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(monkeypatch):
     layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.ReLU(inplace=True))
     case = Case(lambda: nn.Sequential(*copy.deepcopy(layers)), (2, 3, 9, 7), Pooling(block=1))

@@ -57,6 +57,7 @@ def assert_exact(name, got, expected):
     assert (got - expected).norm() <= 1e-12 * expected.norm() + 1e-12, name
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("align", ["ceil", "authors"])
 @pytest.mark.parametrize("block", [2, 3, 4, 20])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -66,6 +67,7 @@ def test_weight_gradient_is_that_of_the_upsampled_map(name, size, block, align):
     assert_exact("dW", conv2d_weight_grad_reference(pooled, dy, *geometry), expected)
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("align", ["ceil", "authors"])
 @pytest.mark.parametrize("block", [2, 3, 4, 20])
 @pytest.mark.parametrize("size", [(1, 14, 14), (2, 16, 24), (3, 13, 18), (1, 12, 1)], ids=str)

@@ -50,6 +50,7 @@ def inputs(name, block, align, device, dtype, memory_format=torch.contiguous_for
     return pool_reference(x, block, align), dy, *geometry
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 20])
 @pytest.mark.parametrize("shape", [(0, 3, 5, 5), (1, 1, 1, 1), (2, 3, 7, 9), (1, 5, 63, 8), (3, 4, 13, 197)], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -90,6 +91,7 @@ def test_pool_keeps_infinities_and_nan():
     assert_same("p(x)", pool_triton(x, 2, "ceil").isfinite(), pool_reference(x, 2, "ceil").isfinite())
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name,block", TRIED)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_weight_gradient(name, block, device, dtype):
@@ -128,6 +130,7 @@ def test_the_sums_that_are_planned_are_those_of_the_rule(name, block, align):
             assert (axis.up * 0 + axis.start) >= 0 and torch.equal(found, belongs)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("config", taps.CONFIGS, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", ["3x3", "grouped stem"])
@@ -143,6 +146,7 @@ def test_what_taps_meet_in_every_configuration(name, memory_format, config, devi
     assert ours.permute(taps.ORDERS[plan.order]).is_contiguous()
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("strides", ["transposed", "every other", "expanded", "mixed formats"])
 @pytest.mark.parametrize("name", ["3x3", "grouped stem", "1x1 stride 2"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -200,6 +204,7 @@ def test_pool_moves_what_it_declares(shape, block, memory_format, align):
     assert moved.total == launch.nbytes(covered, y)
 
 
+@pytest.mark.quick(3, "*(13, 9)*", "*(36, 20)*")
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize(
     "channels,kernel,stride,size,block",

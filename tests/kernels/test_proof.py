@@ -184,6 +184,7 @@ def test_tiny_is_tiny(case):
         assert sum(math.prod(found.grid) for found in launches) <= PROGRAMS, config
 
 
+@pytest.mark.quick(1, "*-float16-*", "*-bool-*", per=lambda case, **_: case.kernel.__code__)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("case", "dtype"),

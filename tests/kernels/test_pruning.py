@@ -58,6 +58,7 @@ def test_scores_are_means_in_which_padding_counts_as_zeros(shape, block):
     torch.testing.assert_close(block_scores_reference(x, grid), expected)
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
@@ -82,6 +83,7 @@ def test_ties_go_to_the_first_block():
     assert topk_reference(torch.ones(1000), 10).tolist() == list(range(10))
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -117,6 +119,7 @@ def test_keeping_all_blocks_is_lossless(shape, dtype, select):
     assert torch.equal(decode_reference(blocks, grid), x)
 
 
+@pytest.mark.quick(50)
 @pytest.mark.parametrize("chunk", [1, 500, 2**20], ids="chunk {}".format)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -258,6 +261,7 @@ def test_the_mean_over_all_noise_is_the_input_exactly():
     torch.testing.assert_close(torch.stack(draws).mean(0), x, rtol=1e-15, atol=0)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", [(9, 17), (3, 180), (108, 3)], ids=str)
 def test_the_mean_over_a_sweep_of_noise_is_the_input(shape, block):

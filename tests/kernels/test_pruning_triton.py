@@ -53,6 +53,7 @@ def small(config, **changes):
     return {**config, "OUTPUTS": 16, "COLUMNS": 16, "GROUPED": min(config["GROUPED"], 16), "PROGRAMS": 24, **changes}
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -69,6 +70,7 @@ def test_encode_and_decode(shape, block, device, dtype):
         assert_same(f"{name}: x~", decoded, decode_reference(expected, grid))
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("block", [(8, 8), (1, 384), (3, 5)], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -88,6 +90,7 @@ def test_views_on_two_levels_are_not_copied(view):
     assert (seen is x) == (view != "three levels")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("config", encode_decode.SCORES_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_scores(device, dtype, config):
@@ -147,6 +150,7 @@ def test_decode(device, dtype, config):
         assert_same(f"x~ of {block}", ours, decode_reference(blocks, grid))
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=str)
 @pytest.mark.parametrize(("shape", "sparsity"), [((63, 17), 0.0), *((shape, 0.8) for shape in SHAPES)], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -168,6 +172,7 @@ def check_weight_gradient(ours, blocks, dy, grid, tolerance=2e-6):
     assert_close("dW of the reference", weight_grad_reference(blocks, dy, grid), exact, 2e-6)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("kind", "position"), [(kind, i) for kind in CONFIGS for i in range(3)])
 @pytest.mark.parametrize("block", [(8, 8), (16, 16), (1, 24), (1, 150)], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -204,6 +209,7 @@ DY = {
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("view", DY)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_weight_gradient_of_any_strides(view, device, dtype):
@@ -214,6 +220,7 @@ def test_weight_gradient_of_any_strides(view, device, dtype):
     check_weight_gradient(product.weight_grad_triton(*blocks, dy, 40, config), blocks, dy, grid)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("where", ["one column", "one row", "last block", "first block"])
 @pytest.mark.parametrize("grouped", [8, 16])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -273,6 +280,7 @@ class TestTraffic:
                     launcher(*inputs)
                 assert moved.total == cases[name].moved(*inputs), name
 
+    @pytest.mark.quick(5)
     @pytest.mark.parametrize("block", [(8, 8), (1, 384), (5, 7)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_decode(self, block, dtype):
@@ -286,6 +294,7 @@ class TestTraffic:
         unread = int(past_the_edge) * dtype.itemsize
         assert moved.total + filled + unread == case.moved(*blocks, 70, 168)
 
+    @pytest.mark.quick(1)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_weight_gradient_of_one_tile(self, dtype):
         """Nothing is shared among programs here, and all block rows are visited: what is declared is exact."""

@@ -39,6 +39,7 @@ def steps_like(x, code, grouping, size):
     return step.view(x.shape)
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("grouping", "size"), KINDS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -68,6 +69,7 @@ def test_the_nearest_is_off_by_half_a_step(grouping, size, bits):
     assert ((decoded - x).abs() <= 0.5 * steps_like(x, code, grouping, size) + 1e-6 * x.abs().amax()).all()
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("grouping", "size"), [("group", 256), ("group", 24), ("channel", 256), ("sample", 256)])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_rounding_is_unbiased(grouping, size, bits):
@@ -81,6 +83,7 @@ def test_rounding_is_unbiased(grouping, size, bits):
     assert bias.max() < 1.01 / n, f"x~: the mean is {bias.max():.4f} steps from x, 1 / n is {1 / n:.4f}"
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("shape", [*SHAPES, (0,), (2, 0, 3, 4)], ids=str)
 @pytest.mark.parametrize(("grouping", "size"), KINDS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -196,6 +199,7 @@ def test_public_functions_are_the_reference_on_a_cpu(source):
     assert torch.equal(quantize.decode(code, x.shape, x.dtype, False, "channel", bits=4), decoded)
 
 
+@pytest.mark.quick(1, "channel")
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_public_functions_compile_to_one_graph(grouping):
     """The same values up to the order in which the compiler rounds: a step of the code at most."""
@@ -227,6 +231,7 @@ def test_refuses(options, message):
     assert str(error.value) == message
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize(("grouping", "size"), KINDS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

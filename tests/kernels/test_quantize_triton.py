@@ -80,6 +80,7 @@ def check(x, grouping, size, bits, config=quantize.CONFIGS[0], stochastic=True):
     assert_same("x~", decoded, decode_reference(expected, *how))
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -87,6 +88,7 @@ def test_code_and_decoded(path, bits, device, dtype):
     check(tensor(path, device, dtype), *PATHS[path][2:], bits)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("path", EVERY_KERNEL)
 @pytest.mark.parametrize("config", quantize.CONFIGS[1:], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -100,6 +102,7 @@ def test_to_the_nearest(path, device, dtype):
     check(tensor(path, device, dtype), *PATHS[path][2:], 2, stochastic=False)
 
 
+@pytest.mark.quick(14)
 @pytest.mark.parametrize("path", EVERY_KERNEL)
 @pytest.mark.parametrize(
     "kind",

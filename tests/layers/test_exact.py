@@ -154,6 +154,7 @@ def test_smooth_activations_in_place(name):
         assert torch.equal(overwritten, y)
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", {**BENT, **SMOOTH})
@@ -234,6 +235,7 @@ def test_functional_forms(name, method):
     assert after < before / 7
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["leaky relu", "hardsigmoid", "mish", "hardswish"])
 def test_compiled(name):
     layer, _ = {**BENT, **SMOOTH}[name]
@@ -287,6 +289,7 @@ COMPILED = [
 ]  # one of each kind
 
 
+@pytest.mark.quick(11, "*-not compiled", "relu-eager")
 @pytest.mark.parametrize("name,mode", [*((name, "not compiled") for name in ACTIVATIONS), *COMPILED])
 def test_an_activation_in_place_changes_its_input(name, mode):
     layer, function, method = ACTIVATIONS[name]

@@ -156,6 +156,7 @@ def test_the_derivative_of_a_weight_gradient_is_refused(layer, method):
         )
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", pairs({**EXACT, **APPROXIMATE}))
 def test_create_graph_changes_no_first_derivative(layer, method):
     _, ours, x = network(layer, method)
@@ -307,6 +308,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.quick(25)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -194,6 +194,7 @@ def applied(method, layer, dtype=torch.float64):
     return stock, ours
 
 
+@pytest.mark.quick(67)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("method,layer", REPLACED)
 def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory_format):
@@ -321,6 +322,7 @@ def _train_under_ddp(rank, port, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_under_ddp_are_the_mean_over_ranks():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -340,6 +342,7 @@ def test_works_inside_a_checkpoint(pair):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
+@pytest.mark.quick(4, "inverted_decoder", "pruning", "pooling", "none")
 def test_compiles_in_one_graph(pair):
     torch.compiler.reset()  # more methods than Dynamo would compile one function for
     x, y = batch()

@@ -61,6 +61,7 @@ def mlp(*between, width=256, activation=nn.GELU):
     return nn.Sequential(nn.Linear(64, width), activation(), *between, nn.Linear(width, 64))
 
 
+@pytest.mark.quick(15, "*-bf16", "*-fp16", "silu-fp32")
 @pytest.mark.parametrize("variant,dtype", LIMITS, ids=lambda v: v)
 def test_error_over_every_input(variant, dtype):
     error = derivatives.derivative_error(FromOutput(), variant, dtype)
@@ -86,6 +87,7 @@ def test_error_of_unknown_things(arguments, message):
         derivatives.derivative_error(FromOutput(), *arguments)
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize(
     "x",
     [

@@ -40,6 +40,7 @@ def gradients(layer, x, dy):
     return x.grad, layer.weight.grad, layer.bias.grad
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("select", ["topk", "sample"])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -82,6 +83,7 @@ def test_sparsity_zero_keeps_the_tensor_itself():
         loss.backward()
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", [(64, 80), (2, 17, 24), (1, 197, 40)], ids=str)
@@ -191,6 +193,7 @@ def test_a_late_start_compiles_twice_and_no_more():
     assert len(graphs) == 2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("select", ["topk", "sample"])
 def test_compiled_gives_what_eager_gives(select):
     x, dy = torch.randn(3, 17, 40), torch.randn(3, 17, 11)
@@ -209,6 +212,7 @@ BYTE_MODEL = {  # batch -> reduction in percent at each sparsity, computed from 
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("batch", BYTE_MODEL)
 def test_resmlp_saves_what_the_byte_model_says(batch):
     """ResMLP-S12, 8x8 blocks: activations + 4 x parameters + input, within one point, and as the table states it."""

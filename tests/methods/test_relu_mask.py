@@ -219,6 +219,7 @@ def test_the_mask_dies_with_the_output_where_nothing_saves_it():
     assert gone() is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_code_decodes_plainly(method):
     torch.compiler.reset()

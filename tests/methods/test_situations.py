@@ -124,6 +124,7 @@ def assert_same(stock, ours, x, exact=True, **options):
             torch.testing.assert_close(got, gradient, equal_nan=True, msg=lambda m, i=i: f"gradient {i}: {m}")
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_a_batch_of_nothing(layer, method):
     stock, ours = pair(layer, method)
@@ -143,6 +144,7 @@ CHANGES = {  # of an output: in place, and the same out of place
 }
 
 
+@pytest.mark.quick(90)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_an_output_changed_in_place(layer, method, change):
@@ -175,6 +177,7 @@ def test_an_output_changed_in_place(layer, method, change):
 WITHOUT_NOISE = (Quantize(rounding="nearest"), FewBit())
 
 
+@pytest.mark.quick(4, "linear-Quantize", "relu-Quantize", "batch norm 2d-Quantize", "gelu-FewBit")
 @pytest.mark.parametrize(
     "layer,method",
     [
@@ -194,6 +197,7 @@ def test_an_output_changed_in_place_compiled(layer, method):
         torch.testing.assert_close(gradient, eager)
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_several_gradients_at_once_are_those_of_one_after_the_other(layer, method):
     _, ours = pair(layer, method)
@@ -207,6 +211,7 @@ def test_several_gradients_at_once_are_those_of_one_after_the_other(layer, metho
         torch.testing.assert_close(got, torch.stack([found[i] for found in one_by_one]))
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_complex_inputs_are_stock(layer, method):
     stock, ours = pair(layer, method)
@@ -215,6 +220,7 @@ def test_complex_inputs_are_stock(layer, method):
     assert_same(stock, ours, torch.randn(LAYERS[layer][1], dtype=torch.complex64))
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_an_input_of_no_dimension_or_of_integers_is_stock(layer, method):
     stock, ours = pair(layer, method)
@@ -321,6 +327,7 @@ def test_the_arguments_of_layers_and_functions_have_the_names_of_stock():
         assert got == {n: p.default for n, p in inspect.signature(stock).parameters.items()}, name
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_the_input_as_a_keyword(layer, method):
     stock, ours = pair(layer, method)
@@ -414,6 +421,7 @@ def test_a_parameter_that_is_a_layers_input_can_be_stored(method):
     assert torch.equal(pickle.loads(pickle.dumps(net)).query, net.query)
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_the_upstream_gradient_is_left_as_it_is_and_may_lie_anyhow(layer, method):
     _, ours = pair(layer, method)
@@ -465,6 +473,7 @@ def test_a_network_goes_on_saving(name):
     assert measure.saved_bytes(lambda: net(x).sum()) == before
 
 
+@pytest.mark.quick(70)
 @pytest.mark.parametrize("how", ["other data", "numpy"])
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_content_that_changes_unseen_is_encoded_again(layer, method, how):
@@ -492,6 +501,7 @@ def test_content_that_changes_unseen_is_encoded_again(layer, method, how):
     del earlier
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_on_the_meta_device_and_in_inference_mode_layers_are_stock(layer, method):
     net, shape = pair(layer, method)[1], LAYERS[layer][1]
@@ -523,6 +533,7 @@ class InCheckpoint(nn.Module):
         return checkpoint(self.part, x, use_reentrant=self.reentrant)
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("around", ["nothing", "a checkpoint", "a watch", "save_on_cpu"])
 @pytest.mark.parametrize("name", METHODS)
@@ -556,6 +567,7 @@ DYNAMO_2_11 = pytest.mark.xfail(
 )
 
 
+@pytest.mark.quick(1, "inverted")
 @pytest.mark.parametrize(
     "name",
     [
@@ -595,6 +607,7 @@ def test_sharded_layer_by_layer(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.quick(70)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("layer,method", PAIRS)
 def test_autocast_does_not_reach_into_codes(layer, method, dtype):

@@ -107,6 +107,7 @@ def crashing(x, config):
     raise TypeError("a bug\nover two lines")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("kernel", "status"),
     [
@@ -155,6 +156,7 @@ def test_tolerance_is_that_of_the_case(bench):
     assert code == 1 and "relative error 1.00e-03, allowed 1e-04" in only(rows, what="kernel")["status"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("part", ["kernel", "make", "reference", "stock"])
 def test_out_of_memory_costs_one_case(bench, part):
     fails = {
@@ -241,6 +243,7 @@ def test_a_table_of_other_columns_is_left_alone(tmp_path, capsys):
     assert "move it away" in capsys.readouterr().err and path.read_text().endswith("very fast\n")
 
 
+@pytest.mark.slow
 @interpreted
 def test_the_script_does_without_hydra_and_wandb(tmp_path):
     """Nothing is written into results/ by the tiny profile, and nothing of the harness is imported."""

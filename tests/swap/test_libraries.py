@@ -205,6 +205,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled(case):
     stock, x = build(case)

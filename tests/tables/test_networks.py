@@ -42,6 +42,7 @@ def test_it_is_not_measured_unless_it_is_named():
     assert not TABLE.default
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_builds_and_its_batch_fits(name):
     network = networks.NETWORKS[name]

@@ -181,6 +181,9 @@ def test_headlines_name_mistakes(small):
         headlines.fill([CLAIM | {"row": {"method": "none"}, "at_least": 1, "show": "ratio"}], results(small))
 
 
+@pytest.mark.quick(
+    6, "digits_training", "pooling_accuracy", "division_fidelity", "inverted_memory", "inverted_error", "networks"
+)
 @pytest.mark.parametrize("name", tables.names(FOLDER))
 def test_shipped_tables_load_and_compose(name):
     table = tables.load(FOLDER, name)
@@ -200,6 +203,7 @@ def test_shipped_tables_load_and_compose(name):
 NETS = {"ResNet-50": torchvision.models.resnet50, "WRN-50-2": torchvision.models.wide_resnet50_2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETS)
 def test_division_memory_reproduces_the_paper(network):
     """Batch 64 and 512: the rows between lie on a line."""

@@ -80,6 +80,7 @@ BAD_SETTINGS = {
 }
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("override", BAD_SETTINGS)
 def test_a_bad_setting_is_named_on_one_line(tmp_path, override):
     method = () if "~method" in override else ("method=division",)
@@ -240,6 +241,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="forking", node=Conf, 
 """
 
 
+@pytest.mark.quick(1, "basic")
 @pytest.mark.parametrize(("launcher", "seeds"), [("basic", (0, 7)), ("forking", (0, 7, 8))], ids=["basic", "forking"])
 def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seeds):
     """Jobs that lack the option, have a bad value, a bug (seed 7), or are killed (8) where they have their own processes."""
@@ -298,6 +300,7 @@ def test_an_interrupted_sweep_says_which_job_it_stopped_in(tmp_path, monkeypatch
     ]
 
 
+@pytest.mark.quick(1, "one run-a full disk")
 @pytest.mark.parametrize("where", ["a pipe", "a full disk"])
 @pytest.mark.parametrize("overrides", [[], ["-m", "seed=0,1"]], ids=["one run", "a sweep"])
 def test_output_that_cannot_be_written_stops_no_training(tmp_path, where, overrides):
@@ -425,6 +428,7 @@ def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
     assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
 
 
+@pytest.mark.quick(2, "audit.py batch=abc*", "kernel_report.py foo*")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -448,6 +452,7 @@ def test_scripts_name_bad_input_on_one_line(line, message):
     assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
 
 
+@pytest.mark.slow
 def test_audit_has_a_help():
     audit = [sys.executable, str(CONFIGS.parent / "scripts" / "audit.py"), "--help"]
     result = subprocess.run(audit, capture_output=True, text=True, timeout=120)

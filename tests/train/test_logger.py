@@ -143,6 +143,7 @@ def test_wandb_gets_config_curves_and_summary_and_is_resumed(tmp_path, monkeypat
     }
 
 
+@pytest.mark.slow
 def test_a_run_resumed_offline_lies_in_one_folder_as_a_whole(tmp_path, monkeypatch, capsys):
     options = ("logger=wandb", "logger.mode=offline", "data.train_size=160")
     cfg = config(tmp_path, *options)

@@ -62,6 +62,7 @@ def test_every_name_has_a_config_and_a_count():
     assert set(models.NAMES) == set(PARAMETERS) == {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize(("name", "geometry", "count"), CASES)
 def test_builds_without_memory(name, geometry, count):
     with torch.device("meta"):

@@ -62,6 +62,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.quick(1, "method")
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe):
     """Interrupted in the middle of the first epoch (nothing to resume from), of the second and of the third."""
@@ -187,6 +188,7 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path):
     assert run.run(cfg)["resumes"] == 1
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -220,6 +222,7 @@ def test_a_complete_run_leaves_a_record_of_itself_from_elsewhere(tmp_path):
     assert record.read(files.record) == elsewhere
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("where", ["epoch 2", "the last epoch"])
 def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
     epochs = {"epoch 2": 3, "the last epoch": 2}[where]

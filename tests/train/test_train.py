@@ -107,6 +107,7 @@ NOT_FINITE = {  # what happens to the model -> (outputs of how many of the 32 te
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("ema", [None, 0.5], ids=["last weights", "EMA"])
 @pytest.mark.parametrize("damage", NOT_FINITE)
 def test_a_test_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, damage, ema):
@@ -233,6 +234,7 @@ def test_label_smoothing_mixes_in_the_uniform_distribution(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("option", ["recipe.mixup=0.5", "recipe.cutmix=0.5"])
 def test_mixup_trains_on_soft_targets(tmp_path, option):
     trainer = trainer_for(tmp_path, option, "recipe.smoothing=0.1")
@@ -284,6 +286,7 @@ def test_schedules_follow_their_formulas(tmp_path):
     assert epochs == pytest.approx([0.5 * (1 + math.cos(math.pi * (t // 4) / 3)) for t in range(12)])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_keeps_half_and_trains(tmp_path, precision):
     full, half = trainer_for(tmp_path), trainer_for(tmp_path, f"runtime.precision={precision}")

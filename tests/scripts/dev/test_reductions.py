@@ -66,6 +66,7 @@ def test_reductions_over_merged_axes_are_found(script):
         scattered(MERGED + '"tt.reduce"')
 
 
+@pytest.mark.slow
 def test_division_reduces_over_the_right_threads():
     found = ours()
     assert len(found) == 8 and not any(found.values()), found

@@ -160,6 +160,7 @@ def test_subsets_are_the_same_for_every_seed():
     assert pixels[0] == pixels[1]
 
 
+@pytest.mark.slow
 def test_real_cifar_loads_within_seconds(cifar_root):
     begin = time.process_time()  # leaves out what other processes take from a shared machine
     found = create("cifar10", batch_size=128, source="folder", root=str(cifar_root))

@@ -288,6 +288,7 @@ UNREADABLE = {
 }
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize(("pipeline", "workers"), [("resident", 0), ("stream", 0), ("stream", 1)])
 @pytest.mark.parametrize("how", UNREADABLE)
 def test_an_unreadable_file_is_named(tmp_path, how, pipeline, workers):
@@ -302,7 +303,7 @@ def test_an_unreadable_file_is_named(tmp_path, how, pipeline, workers):
 def error_of_training(root: Path, pipeline: str, workers: int) -> str:
     """The message of the ImageError that loading raises.
 
-    pytest.raises would keep the traceback, and with it the loader, until a garbage collection, which then waits five seconds for each worker.
+    pytest.raises would keep the traceback, and with it the loader, until a garbage collection, which then takes five seconds a worker.
     """
     try:
         for number in range(3):  # the last incomplete batch is dropped, so that one pass may miss the file
