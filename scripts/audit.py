@@ -14,7 +14,7 @@ import hydra
 import torch
 
 import actpress
-from actpress.train import cli, settings
+from actpress.train import cli, command, config
 from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         names = options["method"].strip("[]").split(",")
         configs = [cli.compose([*overrides, f"method={name.strip()}"], CONFIGS) for name in names]
         for cfg in configs:
-            settings.check(cfg)
+            config.check(cfg)
         methods = [hydra.utils.instantiate(cfg.method) for cfg in configs]
         with torch.device("meta"):
             model = hydra.utils.instantiate(configs[0].model)
@@ -59,4 +59,4 @@ def natural(key: str, value: str, least: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

@@ -21,8 +21,6 @@ import functools
 import gc
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +37,8 @@ from triton.testing import do_bench
 import kernel_report
 from actpress.kernels.common import launch
 from actpress.kernels.proof import registry, verify
-from actpress.train import arguments, provenance
+from actpress.train import arguments, command, files, provenance
+from actpress.train.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"full": ROOT / "results" / "kernels", "tiny": ROOT / "outputs" / "kernels"}
@@ -112,20 +111,17 @@ def parse(given: list[str]) -> Options:
 
 def environment(device: str) -> dict[str, str]:
     """Where and from what a row was measured. commit: "changed" is added where files differ from it."""
-    source = provenance.source()
-    commit = (source["commit"] or "")[:12] + (" changed" if source["dirty"] else "")
+    found = provenance.commit()
+    commit = (found["commit"] or "")[:12] + (" changed" if found["dirty"] else "")
     about = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit}
     if device != "cuda":
         return {**about, "device": INTERPRETER, "cuda": "", "driver": ""}
-    return {**about, "device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver()}
-
-
-def driver() -> str:
-    """Version of the first GPU's driver; empty where nvidia-smi is missing or cannot tell."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+    return {
+        **about,
+        "device": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        "driver": provenance.nvidia_smi("driver_version") or "",
+    }
 
 
 def timings(function: Callable[[], object], device: str) -> list[float]:
@@ -241,8 +237,7 @@ def main(given: list[str]) -> int:
         device = "cpu" if options.tiny else "cuda"
         table = Table(options.out, environment(device))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise InputError(str(error)) from error
     # dtype by dtype, so that a budget that ends early has seen every case
     chosen = {(c.name, registry.name_of(d)): (c, d) for d in options.dtypes for c in options.cases if d in c.dtypes}
     left = [unit for unit in chosen if options.fresh or unit not in table.units()]
@@ -266,7 +261,7 @@ class Table:
 
     def __init__(self, folder: Path, here: dict[str, str]) -> None:
         self.here = here
-        self.path = folder / f"{kernel_report.slug(here['device'])}.csv"
+        self.path = folder / f"{files.slug(here['device'])}.csv"
         self.cases = {name: i for i, name in enumerate(registry.all_cases())}
         self.rows = [row for row in kernel_report.read(self.path) if row["case"] in self.cases]
 
@@ -318,4 +313,4 @@ def freed(device: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if arguments.explain(sys.argv) else main(sys.argv[1:]))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actpress.bench import steps
-from actpress.train import arguments, cli, record, settings
+from actpress.train import arguments, command, config, provenance, record
 from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -33,7 +33,7 @@ def main(given: list[str]) -> int:
         setting, methods = steps.Setting(**values), options["methods"]
         steps.check(methods, CONFIGS)
         setting.config(CONFIGS, steps.STOCK)  # a wrong model ends here
-        environment = record.environment(settings.device(setting.device))
+        environment = provenance.environment(config.device(setting.device))
         if options["largest"]:
             setting = replace(setting, memory=setting.memory or environment["memory_bytes"] or 0)
             if not (setting.memory and options["step"]):
@@ -79,4 +79,4 @@ def describe(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

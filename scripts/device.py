@@ -8,28 +8,24 @@ driver: nvidia-smi's words, null where it has none. kernel_cache: what ACTPRESS_
 """
 
 import os
-import shutil
-import subprocess
 import sys
 from statistics import median
 
 import torch
 from triton.testing import do_bench
 
-from actpress.train import arguments, cli, record, settings
+from actpress.train import arguments, command, config, provenance, record
 from actpress.train.run import bad_input
 
-QUERY = ("nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader")
+QUERY = ("driver_version", "memory.total", "power.limit")
 
 
 def main(given: list[str]) -> int:
     with bad_input():
         options = arguments.read(given, {"out": "device.json", "device": "cuda"})
-        device = settings.device(options["device"])
-    found = dict.fromkeys(("driver", "copy_gib_per_s", "product_tflops"))
-    found |= {"environment": record.environment(device), "kernel_cache": os.environ.get("ACTPRESS_KERNELS")}
-    if shutil.which(QUERY[0]):
-        found["driver"] = subprocess.run(QUERY, capture_output=True, text=True).stdout.partition("\n")[0] or None
+        device = config.device(options["device"])
+    found = {"driver": provenance.nvidia_smi(*QUERY)} | dict.fromkeys(("copy_gib_per_s", "product_tflops"))
+    found |= {"environment": provenance.environment(device), "kernel_cache": os.environ.get("ACTPRESS_KERNELS")}
     record.write(options["out"], found)  # should the rest fail: without it no archive can be imported
     if device.type == "cuda":
         x = torch.randint(256, (2**31,), dtype=torch.uint8, device=device)
@@ -43,4 +39,4 @@ def main(given: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from actpress.bench import battery
-from actpress.train import arguments, cli
+from actpress.train import arguments, command
 from actpress.train.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +35,8 @@ def main(given: list[str]) -> int:
         return 0
     archive = Path(options["archive"] or out.parent).resolve() / f"{profile.name}{call}.tar.gz"
     seconds = (options["seconds"] or profile.calls[call]) - options["spent"]
-    return battery.run(profile, call, seconds, out, archive, ROOT, options["rehearse"])
+    return battery.execute_call(profile, call, seconds, out, archive, ROOT, options["rehearse"])
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

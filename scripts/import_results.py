@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 import kernel_report
-from actpress.bench.battery import slug
 from actpress.report import battery_page
-from actpress.train import arguments, cli, record
+from actpress.train import arguments, command
+from actpress.train.files import slug, write_text
 from actpress.train.run import bad_input
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,16 +50,14 @@ def main(given: list[str]) -> int:
                 )
             files[target] = text
     for path, text in files.items():
-        with record.replacing(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
     for path in folder.glob("*.csv"):
         kernel_report.render(path)
-    with record.replacing(folder.with_suffix(".md")) as file:
-        file.write(battery_page.render(folder).encode())
+    write_text(folder.with_suffix(".md"), battery_page.render(folder))
     print(f"{len(files)} files; the page is {folder}.md", flush=True)
     subprocess.run(["git", "-C", str(results), "status", "--short", "."], stderr=subprocess.DEVNULL, check=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

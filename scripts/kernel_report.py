@@ -226,7 +226,7 @@ def main(given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from actpress.train import cli  # here, since bench_kernels.py, which reads this file, does without Hydra
+    from actpress.train import command  # here, since bench_kernels.py, which reads this file, does without Hydra
     from actpress.train.run import bad_input
 
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

@@ -7,7 +7,7 @@ python scripts/train.py data=cifar10 data.source=array data.root=cifar10.npz
 import sys
 from pathlib import Path
 
-from actpress.train import arguments, cli, data
+from actpress.train import arguments, cli, command, data
 from actpress.train.data import sources
 from actpress.train.run import bad_input
 
@@ -29,4 +29,4 @@ def main(given: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

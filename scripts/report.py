@@ -29,7 +29,8 @@ import table_pages
 from actpress import tables
 from actpress.report import battery_page, headlines
 from actpress.tables import fidelity
-from actpress.train import cli, record
+from actpress.train import command, record
+from actpress.train.errors import BAD_INPUT
 from actpress.train.run import bad_input
 from table_rows import GRADIENTS, Place
 
@@ -48,7 +49,7 @@ plt.rcParams |= {"svg.hashsalt": "actpress", "font.size": 9, "axes.spines.top": 
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
-        return cli.BAD_INPUT
+        return BAD_INPUT
     with bad_input():  # a record that is gone or damaged
         found = check() if arguments else write()
     print("\n".join(found) if found else "all pages fit the records")
@@ -326,4 +327,4 @@ def kernel_tables() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

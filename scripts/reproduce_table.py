@@ -20,7 +20,7 @@ from pathlib import Path
 import table_pages
 import table_rows
 from actpress import tables
-from actpress.train import cli, settings
+from actpress.train import command, config
 from actpress.train.run import bad_input
 from progress import Progress, clock
 from table_rows import LOCAL, RESULTS, ROOT, Entry, Place, Row
@@ -71,7 +71,7 @@ def check(table: tables.Table) -> None:
         if not table_rows.lacking(row.cell):
             cfg = table_rows.compose(row.cell, row.seed)
             cfg.runtime.precision = str(cfg.runtime.precision).removesuffix("-true")  # which memory tables know too
-            settings.check(cfg)
+            config.check(cfg)
 
 
 def place_of(table: tables.Table, overridden: bool, publish: bool) -> Place:
@@ -160,4 +160,4 @@ def count(number: int, thing: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

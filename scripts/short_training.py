@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actpress.bench import steps
-from actpress.train import arguments, cli, data, run
+from actpress.train import arguments, cli, command, data, run
 from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -76,9 +76,11 @@ def train(
     print(
         f"{method}: {speeds[number]:.0f} images/s beside the others, {epochs} of {cfg.recipe.epochs} epochs", flush=True
     )
-    record = run.run(cli.compose([*fixed, f"method={method}", f"recipe.epochs={epochs}", "tags=[shortened]"], CONFIGS))
+    record = run.train(
+        cli.compose([*fixed, f"method={method}", f"recipe.epochs={epochs}", "tags=[shortened]"], CONFIGS)
+    )
     sys.exit(record["status"] != "ok")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

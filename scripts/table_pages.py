@@ -14,7 +14,7 @@ import table_rows
 from actpress import tables
 from actpress.report import headlines, terminal
 from actpress.tables import fidelity
-from actpress.train import record
+from actpress.train import files, record
 from table_rows import Entry, Place, Row
 
 Entries = Mapping[Row, Entry | None]  # None: not run
@@ -145,7 +145,7 @@ def write_text(path: Path, text: str) -> list[Path]:
     """Write a text file unless it holds that text. Returns the files that changed."""
     if path.is_file() and path.read_text() == text:
         return []
-    with record.replacing(path) as file:
+    with files.atomic_write(path) as file:
         file.write(text.encode())
     return [path]
 

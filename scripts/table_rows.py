@@ -27,8 +27,9 @@ from torch import nn
 from actpress import tables
 from actpress.measure import derivatives, predicted_memory
 from actpress.tables import fidelity
-from actpress.train import cli, data, engine, record, settings
-from actpress.train.run import InputError, files_of
+from actpress.train import cli, config, data, engine, provenance, record
+from actpress.train.errors import UNHAPPY_END, InputError
+from actpress.train.run import files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -76,7 +77,7 @@ class Row:
 
 
 class Entry(NamedTuple):
-    """What was measured for a row, and where: see record.environment."""
+    """What was measured for a row, and where: see provenance.environment."""
 
     values: dict[str, Any]
     environment: dict[str, Any]
@@ -118,7 +119,7 @@ def reusable(row: Row) -> Entry | None:
         return None
     if row.table.reuse == "any":
         return found
-    here = record.environment(settings.device(compose(row.cell, row.seed).runtime.device))
+    here = provenance.environment(config.device(compose(row.cell, row.seed).runtime.device))
     same = all(here[key] == found.environment[key] for key in ("device", "torch", "commit", "dirty"))
     return found if same and not here["dirty"] else None
 
@@ -191,7 +192,7 @@ def _predict(row: Row) -> Entry:
         cfg.data.image_size,
         cfg.runtime.precision,
     )
-    return Entry(numbers | {"seed": row.seed}, record.environment("cpu"))
+    return Entry(numbers | {"seed": row.seed}, provenance.environment("cpu"))
 
 
 def _derivative_error(row: Row) -> Entry:
@@ -199,7 +200,7 @@ def _derivative_error(row: Row) -> Entry:
     cfg = compose(row.cell, row.seed)
     replacement = hydra.utils.instantiate(cfg.method).rules()[nn.GELU]
     found = derivatives.derivative_error(replacement.codec, cfg.derivative.variant, cfg.derivative.dtype)
-    return Entry(found._asdict() | {"seed": row.seed}, record.environment("cpu"))
+    return Entry(found._asdict() | {"seed": row.seed}, provenance.environment("cpu"))
 
 
 # Kind training: the record of a run, which is trained where it has none.
@@ -233,7 +234,7 @@ def _run_training(row: Row, anew: bool) -> None:
         settings.append(f"paths.records={(row.place.root / 'runs').relative_to(ROOT)}")
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *row.cell.overrides, *settings]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if code not in (0, cli.UNHAPPY_END):
+    if code not in (0, UNHAPPY_END):
         name = record.run_id(compose(row.cell, row.seed))
         raise InputError(f"training {name} failed with exit code {code}; its message is above")
 
@@ -300,7 +301,7 @@ def _compare(row: Row) -> Entry:
         "figures": found,
         "saved_share": fidelity.saved_share(model, method, batches[0]),
         "seconds": time.perf_counter() - start,
-        "environment": record.environment("cpu"),
+        "environment": provenance.environment("cpu"),
     }
     record.write(row.place.root / "fidelity" / f"{entry['id']}.json", entry)
     return Entry(entry, entry["environment"])
@@ -310,7 +311,7 @@ def _trained_weights(row: Row) -> dict[str, torch.Tensor]:
     """The weights of the row's network at the end of its training without a method, which is repeated where they are not here."""
     stock = replace(row, cell=stock_of(row.cell))
     cfg = compose(stock.cell, row.seed)
-    path = ROOT / files_of(cfg).checkpoint
+    path = ROOT / files_of(cfg).resume_file
     if not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["record"] is None:
         # A record of the same training on another machine stays as it is: tables are made of it.
         known = (RESULTS.root / "runs" / f"{record.run_id(cfg)}.json").is_file()
@@ -346,7 +347,7 @@ def _call(row: Row) -> Entry:
     if unknown := sorted(values.keys() - row.table.metrics.keys()):
         raise InputError(f"{row.table.measure} gave {', '.join(unknown)}, allowed: {', '.join(row.table.metrics)}")
     entry = {"arguments": arguments(row), "values": values, "seconds": time.perf_counter() - start}
-    record.write(row.place.root / function_file(row), entry | {"environment": record.environment("cpu")})
+    record.write(row.place.root / function_file(row), entry | {"environment": provenance.environment("cpu")})
     return _called(row)
 
 

@@ -37,7 +37,7 @@ def trainer_for(folder: Path, *overrides: str) -> engine.Trainer:
 
 
 def final_state(cfg) -> dict:
-    return torch.load(run.files_of(cfg).checkpoint, weights_only=True)
+    return torch.load(run.files_of(cfg).resume_file, weights_only=True)
 
 
 def differences(a, b, path: str = "") -> list[str]:

@@ -11,7 +11,7 @@ import yaml
 
 from actpress.bench import battery
 from actpress.kernels.proof import registry
-from actpress.train import cli
+from actpress.train import cli, command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -44,4 +44,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(*sys.argv[1:])))
+    sys.exit(command.main(lambda: main(*sys.argv[1:]), __doc__))

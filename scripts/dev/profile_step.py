@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from actpress.bench import steps
-from actpress.train import arguments, cli, record, settings
+from actpress.train import arguments, command, config, provenance, record
 from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -32,7 +32,7 @@ def main(given: list[str]) -> int:
         setting = steps.Setting(**values)
     found: dict[str, Any] = {
         "setting": asdict(setting),
-        "environment": record.environment(settings.device(setting.device)),
+        "environment": provenance.environment(config.device(setting.device)),
         "profiled": PROFILED,
         "methods": {},
     }
@@ -46,7 +46,7 @@ def main(given: list[str]) -> int:
 def profiled(setting: steps.Setting, method: str) -> dict[str, Any]:
     """{busy_ms, span_ms, kernels: [{kernel, calls, ms}], the longest first} of a step."""
     cfg = setting.config(CONFIGS, method)
-    device = settings.device(cfg.runtime.device)
+    device = config.device(cfg.runtime.device)
     trainer, x, y, _ = steps.prepare(setting, cfg, device)
     for _ in range(WARMUP):
         trainer.train_step(x, y)
@@ -82,4 +82,4 @@ def describe(method: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: main(sys.argv[1:])))
+    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))

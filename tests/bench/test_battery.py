@@ -14,7 +14,7 @@ from actpress.bench.battery import Profile, Unit
 from actpress.kernels.proof import registry
 from actpress.report import battery_page
 from actpress.train import provenance, record
-from actpress.train.run import InputError
+from actpress.train.errors import InputError
 from paths import ROOT
 
 CONFIGS = ROOT / "configs" / "battery"
@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs" / "battery"
 def run(folder: Path, *units: Unit, seconds: float = 60.0) -> tuple[int, dict[str, str]]:
     """(exit code, status of each unit started so far)."""
     profile = Profile("some", "cpu", {"": seconds}, units)
-    code = battery.run(profile, "", seconds, folder / "out", folder / "some.tar.gz", ROOT)
+    code = battery.execute_call(profile, "", seconds, folder / "out", folder / "some.tar.gz", ROOT)
     return code, {name: unit["status"] for name, unit in battery.units_of(folder / "out").items()}
 
 
@@ -103,7 +103,7 @@ def test_a_stopped_unit_hears_it_as_an_interruption(tmp_path):
 def test_each_unit_names_its_source_and_one_that_is_done_stays(tmp_path, monkeypatch, capsys):
     """What is mended on a machine that is lent for minutes must not cost what was measured before."""
     for commit in ("first", "second"):
-        monkeypatch.setattr(provenance, "source", lambda commit=commit: {"commit": commit, "dirty": False})
+        monkeypatch.setattr(provenance, "commit", lambda commit=commit: {"commit": commit, "dirty": False})
         run(tmp_path, does("a", ""), does("b", f"raise SystemExit({int(commit == 'first')})"))
     commits = {name: unit["commit"] for name, unit in battery.units_of(tmp_path / "out").items()}
     assert commits == {"a": "first", "b": "second"} and "a: done at first, not run again" in capsys.readouterr().out
@@ -111,10 +111,10 @@ def test_each_unit_names_its_source_and_one_that_is_done_stays(tmp_path, monkeyp
 
 def test_a_copy_is_of_the_commit_it_is_said_to_be(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(provenance, "_git", lambda *arguments: None)
-        assert provenance.source() == {"commit": None, "dirty": None}
+        patch.setattr(provenance, "git", lambda *arguments: None)
+        assert provenance.commit() == {"commit": None, "dirty": None}
     monkeypatch.setenv("ACTPRESS_COMMIT", "abc")
-    assert provenance.source() == {"commit": "abc", "dirty": False}
+    assert provenance.commit() == {"commit": "abc", "dirty": False}
 
 
 def test_the_lease_takes_less_than_thirteen_minutes_and_names_what_exists():

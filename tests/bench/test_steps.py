@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from actpress.bench import steps
-from actpress.train.run import InputError
+from actpress.train.errors import InputError
 from paths import ROOT
 
 SMALL = steps.Setting("resnet20", 2, 16, 10, "fp32", channels_last=False, device="cpu", steps=4)

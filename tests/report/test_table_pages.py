@@ -13,7 +13,7 @@ import reproduce_table
 import table_rows
 from actpress import tables
 from actpress.report import terminal
-from actpress.train import cli, record
+from actpress.train import cli, provenance, record
 from paths import ROOT
 
 FUNCTION = """
@@ -197,7 +197,7 @@ def test_overridden_tables_and_those_of_this_machine_stay_out_of_results(project
 @pytest.mark.parametrize("dry", ["dry=true", "dry=false"])
 def test_an_override_that_no_row_can_have_is_named_before_anything_is_measured(project, capsys, dry):
     root = project("training")
-    assert cli.run(lambda: reproduce_table.main(["training", "recipe.epochs=abc", dry])) == cli.BAD_INPUT
+    assert cli.main(lambda: reproduce_table.main(["training", "recipe.epochs=abc", dry])) == cli.BAD_INPUT
     assert capsys.readouterr() == ("", "error: recipe.epochs=abc must be a whole number >= 1\n")
     assert not (root / "outputs").exists()
 
@@ -217,7 +217,11 @@ def predictions(monkeypatch):
 
     def predict(saved: int, commit: str) -> None:
         monkeypatch.setattr(table_rows, "predicted_memory", lambda *_: {"saved_bytes": saved})
-        here = record.environment("cpu") | {"commit": commit, "dirty": False, "date": f"2026-01-01T00:00:{saved % 60}"}
+        here = provenance.environment("cpu") | {
+            "commit": commit,
+            "dirty": False,
+            "date": f"2026-01-01T00:00:{saved % 60}",
+        }
         monkeypatch.setattr(table_rows.record, "environment", lambda device: here)
 
     return predict
@@ -273,7 +277,7 @@ def write_runs(root: Path, accuracy: float) -> None:
     for row in table_rows.rows_of(load(root, "training")):
         name = record.run_id(table_rows.compose(row.cell, row.seed))
         epoch = {"epoch": 1, "test_accuracy": accuracy + row.seed, "train_seconds": 30.0, "test_seconds": 5.0}
-        found = {"run_id": name, "status": "ok", "history": [epoch], "environment": record.environment("cpu")}
+        found = {"run_id": name, "status": "ok", "history": [epoch], "environment": provenance.environment("cpu")}
         metrics = dict.fromkeys(record.RUN["metrics"]) | {"top1_last": accuracy + row.seed}
         record.write(root / "results" / "runs" / f"{name}.json", found | {"metrics": metrics})
 
@@ -317,7 +321,7 @@ def test_a_record_that_is_gone_or_damaged_is_named(project, capsys, damage, mess
             [lambda: reproduce_table.main(["training", "dry=true"])] if path.exists() else []
         ),  # else it is to be measured
     ):
-        assert cli.run(command) == cli.BAD_INPUT
+        assert cli.main(command) == cli.BAD_INPUT
         err = capsys.readouterr().err
         assert message in err and str(path) in err and len(err.splitlines()) == 1
     assert (root / "results" / "tables" / "function.md").is_file()
@@ -332,7 +336,7 @@ def test_a_damaged_page_or_record_of_any_table_is_named(project, predictions, ca
     path = sorted((root / "results" / place).glob("*.json"))[0]
     path.write_text(text)
     capsys.readouterr()
-    assert cli.run(lambda: report.main(["--check"])) == cli.BAD_INPUT
+    assert cli.main(lambda: report.main(["--check"])) == cli.BAD_INPUT
     err = capsys.readouterr().err
     assert str(path) in err and len(err.splitlines()) == 1
 
@@ -380,7 +384,10 @@ def test_gradients_come_from_their_records(project, capsys):
     for row in table_rows.rows_of(load(root, "fidelity")):
         if not row.cell.requires:
             entry = {"id": table_rows.gradient_id(row), "layers": ["conv.weight"], "saved_share": 0.1}
-            entry |= {"figures": {"conv.weight": figures, "total": figures}, "environment": record.environment("cpu")}
+            entry |= {
+                "figures": {"conv.weight": figures, "total": figures},
+                "environment": provenance.environment("cpu"),
+            }
             record.write(root / "results" / "fidelity" / f"{entry['id']}.json", entry)
     reproduce_table.main(["fidelity"])
     assert report.check() == []

@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from actpress.train import cli, record, run, settings, usage
+from actpress.train import cli, run, usage
+from actpress.train import command as commands
+from actpress.train.config import device
+from actpress.train.errors import InputError
+from actpress.train.files import WriteError
 from training import CONFIGS, SMALL, command, config, interrupt
 
 BAD_SETTINGS = {
@@ -85,22 +89,22 @@ BAD_SETTINGS = {
 def test_a_bad_setting_is_named_on_one_line(tmp_path, override):
     method = () if "~method" in override else ("method=division",)
     cfg = config(tmp_path, *method, override)
-    with pytest.raises(run.InputError) as caught:
-        run.run(cfg)
+    with pytest.raises(InputError) as caught:
+        run.train(cfg)
     assert BAD_SETTINGS[override] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 
 def test_batches_of_odd_size_cannot_be_mixed(tmp_path):
-    with pytest.raises(run.InputError, match="must be even with"):
-        run.run(config(tmp_path, "recipe.mixup=0.2", "recipe.batch_size=15"))
+    with pytest.raises(InputError, match="must be even with"):
+        run.train(config(tmp_path, "recipe.mixup=0.2", "recipe.batch_size=15"))
 
 
 def test_missing_data_are_named(tmp_path):
     cfg = config(tmp_path, "data=cifar10", "data.source=folder", f"data.root={tmp_path}/nowhere", "data.image_size=32")
-    with pytest.raises(run.InputError, match="nowhere") as caught:
-        run.run(cfg)
+    with pytest.raises(InputError, match="nowhere") as caught:
+        run.train(cfg)
     assert "\n" not in str(caught.value)
 
 
@@ -111,14 +115,14 @@ def nothing_to_replace(name: str) -> nn.Module:
 def test_a_model_without_a_layer_for_the_method_is_named(tmp_path):
     cfg = config(tmp_path, "method=division")
     cfg.model = {"_target_": f"{__name__}.nothing_to_replace", "name": "flat"}
-    with pytest.raises(run.InputError, match="matches nothing"):
-        run.run(cfg)
+    with pytest.raises(InputError, match="matches nothing"):
+        run.train(cfg)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_is_named():
     with pytest.raises(ValueError, match="no CUDA device here"):
-        settings.device("cuda")
+        device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_cuda_without_cuda_is_named():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_overrides_are_named_on_one_line(overrides, message):
-    with pytest.raises(run.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         cli.check_overrides(overrides, CONFIGS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -164,7 +168,7 @@ def test_bad_overrides_are_named_on_one_line(overrides, message):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_choice_of_a_sweep_is_checked(overrides, message):
-    with pytest.raises(run.InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(message)):
         cli.check_overrides(overrides, CONFIGS, multirun=True)
 
 
@@ -196,7 +200,7 @@ def test_choices_that_lack_a_key_refuse_their_own_jobs_alone():
 FAILING = """
 import os, sys
 from pathlib import Path
-from actpress import cli, engine
+from actpress.train import cli, engine
 stock = engine.Trainer.train_step
 def step(self, x, y):
     if torch.initial_seed() == 8:
@@ -285,10 +289,10 @@ def test_an_interrupted_sweep_says_which_job_it_stopped_in(tmp_path, monkeypatch
         if cfg.seed == 1:
             raise KeyboardInterrupt
         if cfg.method["_target_"].endswith("Division"):
-            raise run.InputError("no such thing")
+            raise InputError("no such thing")
         return {"status": "ok", "metrics": {"top1_last": None}}
 
-    monkeypatch.setattr(cli, "train_run", train_run)
+    monkeypatch.setattr(run, "train", train_run)
     options = [f"paths.outputs={tmp_path}", "seed=0,1,2", "method=none,division"]
     code, _, err = ended(["-m", *options], monkeypatch, capsys)
     assert code == 130
@@ -296,7 +300,7 @@ def test_an_interrupted_sweep_says_which_job_it_stopped_in(tmp_path, monkeypatch
         "1 of 6 jobs done, stopped in job 2 (seed=1 method=none)",
         "1 of 6 jobs failed:",
         "  job 1 (seed=0 method=division): no such thing",
-        "interrupted; the same command goes on where it stopped",
+        "interrupted; the same command resumes where it stopped",
     ]
 
 
@@ -366,24 +370,24 @@ def test_what_is_no_path_is_named(tmp_path, monkeypatch, capsys, key, value):
 
 
 @pytest.mark.parametrize("suffix", ["", ".tmp"])
-@pytest.mark.parametrize("file", ["lock", "config", "log", "checkpoint", "record"])
+@pytest.mark.parametrize("file", ["lock", "config", "log", "resume_file", "record"])
 def test_folders_in_place_of_files_are_named_before_training(tmp_path, file, suffix):
     cfg = config(tmp_path)
     path = getattr(run.files_of(cfg), file)
     path = path.with_name(path.name + suffix)
     path.mkdir(parents=True)
     said = f"{path} must be a file, but it is a folder; move it away"
-    with pytest.raises(run.InputError, match=re.escape(said)), interrupt(2, AssertionError("trained")):
-        run.run(cfg)
+    with pytest.raises(InputError, match=re.escape(said)), interrupt(2, AssertionError("trained")):
+        run.train(cfg)
 
 
 def test_a_full_disk_ends_the_command_on_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def full(cfg):
-        raise record.WriteError("runs/a.json", OSError(28, "No space left on device"))
+        raise WriteError("runs/a.json", OSError(28, "No space left on device"))
 
-    monkeypatch.setattr(cli, "train_run", full)
+    monkeypatch.setattr(run, "train", full)
     code, _, err = ended([f"paths.outputs={tmp_path}/outputs"], monkeypatch, capsys)
     assert (code, err) == (3, "error: runs/a.json could not be written: No space left on device\n")
 
@@ -423,8 +427,7 @@ def test_help_explains_every_option_of_a_method(method):
 
 def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scripts/some.py", "--help"])
-    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What it does.")
-    assert cli.run(lambda: pytest.fail("ran")) == 0
+    assert commands.main(lambda: pytest.fail("ran"), "What it does.") == 0
     assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
 
 
@@ -464,7 +467,7 @@ def test_audit_has_a_help():
 def test_the_command_line_ends_with_the_code_of_its_worst_run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     endings = iter(
-        [{"run_id": "a", "status": "oom", "message": "m", "metrics": {"top1_last": None}}, run.InputError("bad")]
+        [{"run_id": "a", "status": "oom", "message": "m", "metrics": {"top1_last": None}}, InputError("bad")]
     )
 
     def ending(cfg):
@@ -473,7 +476,7 @@ def test_the_command_line_ends_with_the_code_of_its_worst_run(monkeypatch, capsy
             raise result
         return result
 
-    monkeypatch.setattr(cli, "train_run", ending)
+    monkeypatch.setattr(run, "train", ending)
     monkeypatch.setattr(sys, "argv", ["train.py", f"paths.outputs={tmp_path}/outputs"])
     assert cli.train(CONFIGS) == 3
     assert capsys.readouterr().err == "run a ended: oom, m\n"

@@ -10,15 +10,17 @@ from unittest import mock
 
 import pytest
 
-from actpress.train import logger, record, run
+from actpress.train import logger, run
+from actpress.train.errors import InputError
+from actpress.train.files import WriteError
 from training import config, files_up_to, interrupt
 
 
 def test_without_a_logger_wandb_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
-    assert run.run(config(tmp_path, "recipe.epochs=1"))["status"] == "ok"
-    with pytest.raises(run.InputError, match="logger=none"):
-        run.run(config(tmp_path, "recipe.epochs=1", "logger=wandb"))
+    assert run.train(config(tmp_path, "recipe.epochs=1"))["status"] == "ok"
+    with pytest.raises(InputError, match="logger=none"):
+        run.train(config(tmp_path, "recipe.epochs=1", "logger=wandb"))
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,9 @@ def test_what_wandb_would_refuse_is_named_before_anything_is_touched(tmp_path, m
     cfg = config(tmp_path, "logger=wandb", "resume=false", override)
     files = run.files_of(cfg)
     files.folder.mkdir(parents=True)
-    files.checkpoint.write_text("a checkpoint")
-    with pytest.raises(run.InputError, match=re.escape(message)) as caught:
-        run.run(cfg)
+    files.resume_file.write_text("a checkpoint")
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run.train(cfg)
     assert "\n" not in str(caught.value)
     assert os.listdir(files.folder) == ["last.pt"]
 
@@ -48,14 +50,14 @@ def test_a_logger_that_does_not_start_leaves_checkpoint_and_log(tmp_path, monkey
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     cfg = config(tmp_path, "recipe.epochs=1", "logger=wandb", "logger.mode=offline")
-    run.run(cfg)
+    run.train(cfg)
     files = run.files_of(cfg)
-    before = files.checkpoint.read_bytes(), files.log.read_bytes(), files.record.read_bytes()
+    before = files.resume_file.read_bytes(), files.log.read_bytes(), files.record.read_bytes()
     monkeypatch.setattr(wandb, "init", mock.Mock(side_effect=wandb.Error("no server")))
     cfg.resume = False
-    with pytest.raises(run.InputError, match="W&B did not start \\(no server\\)"):
-        run.run(cfg)
-    assert before == (files.checkpoint.read_bytes(), files.log.read_bytes(), files.record.read_bytes())
+    with pytest.raises(InputError, match="W&B did not start \\(no server\\)"):
+        run.train(cfg)
+    assert before == (files.resume_file.read_bytes(), files.log.read_bytes(), files.record.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,10 @@ def resumed(cfg, monkeypatch) -> tuple[FakeWandb, dict]:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with interrupt(16, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(cfg)
+        run.train(cfg)
     if cfg.logger.mode == "online":
         wandb.server.add(wandb.started[0]["id"])
-    return wandb, run.run(cfg)
+    return wandb, run.train(cfg)
 
 
 def test_wandb_gets_config_curves_and_summary_and_is_resumed(tmp_path, monkeypatch):
@@ -158,7 +160,7 @@ def test_a_run_resumed_offline_lies_in_one_folder_as_a_whole(tmp_path, monkeypat
     folder = os.path.relpath(tmp_path / "outputs" / "wandb" / name)
     last = f"W&B offline, to send it: wandb sync {folder}"
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" | {last}")
-    assert run.run(cfg) == finished  # complete
+    assert run.train(cfg) == finished  # complete
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" | {last}")
 
 
@@ -176,7 +178,7 @@ def test_what_wandb_holds_is_told(tmp_path):
 
 def test_a_full_disk_names_the_log(tmp_path):
     log = logger.create(config(tmp_path), "a", tmp_path / "log.jsonl")
-    with pytest.raises(record.WriteError, match=r"log.jsonl could not be written: File too large"), files_up_to(100):
+    with pytest.raises(WriteError, match=r"log.jsonl could not be written: File too large"), files_up_to(100):
         for step in range(10):
             log.log(step, {"loss": 1.0})
     log.finish("failed", {})  # nothing is left to be written, which would fail again
@@ -185,10 +187,10 @@ def test_a_full_disk_names_the_log(tmp_path):
 def test_wandb_offline_for_real(tmp_path, capfd):
     cfg = config(tmp_path, "recipe.epochs=2", "logger=wandb", "logger.mode=offline")
     with interrupt(5, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(cfg)
+        run.train(cfg)
     (before,) = (tmp_path / "outputs" / "wandb").glob("offline-run-*")
     capfd.readouterr()
-    finished = run.run(cfg)
+    finished = run.train(cfg)
     captured = capfd.readouterr()
     assert captured.err == ""
     assert len(captured.out.splitlines()) == 3

@@ -79,4 +79,4 @@ def test_training_on_images_is_refused(tmp_path):
         configs,
     )
     with pytest.raises(ValueError, match="model=bert_base does not read images, which data=digits are"):
-        run.run(cfg)
+        run.train(cfg)

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 
-from actpress.train import cli, provenance, record, resume
+from actpress.train import cli, files, provenance, record, resume
 from paths import CONFIGS
 from training import files_up_to
 
@@ -118,7 +118,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     record.write(path, {"run_id": "old"})
     with pytest.raises(TypeError):
         record.write(path, {"run_id": object()})
-    with pytest.raises(RuntimeError), record.replacing(path) as file:
+    with pytest.raises(RuntimeError), files.atomic_write(path) as file:
         file.write(b"half of a rec")
         raise RuntimeError("stopped")
     assert record.read(path) == {"run_id": "old"}
@@ -129,13 +129,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, writer):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(record.WriteError) as caught, files_up_to(100_000):
+    with pytest.raises(files.WriteError) as caught, files_up_to(100_000):
         if writer == "record":
             record.write(path, {"history": ["x" * 100] * 2000})
         elif writer == "checkpoint":
             resume.save(path, {"model": torch.rand(100_000)})  # torch.save says: unexpected pos
         else:
-            with record.replacing(path) as file:
+            with files.atomic_write(path) as file:
                 for _ in range(20_000):
                     file.write(b"a few bytes")
     assert str(caught.value) == f"{path} could not be written: File too large"
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, writer):
 
 
 def test_an_error_of_the_block_is_not_taken_for_one_of_the_file(tmp_path):
-    with pytest.raises(FileNotFoundError), record.replacing(tmp_path / "file") as file:
+    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "file") as file:
         file.write(b"begun")
         (tmp_path / "missing").read_bytes()
     assert os.listdir(tmp_path) == []
@@ -154,7 +154,7 @@ def test_an_error_of_the_block_is_not_taken_for_one_of_the_file(tmp_path):
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
-    with pytest.raises(record.WriteError, match=r"runs/a\.json could not be written: File exists"):
+    with pytest.raises(files.WriteError, match=r"runs/a\.json could not be written: File exists"):
         record.write(tmp_path / "runs" / "a.json", {})
 
 
@@ -176,7 +176,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
 
 
 def test_the_environment_names_device_versions_and_commit():
-    found = record.environment("cpu")
+    found = provenance.environment("cpu")
     assert found["device"]
     assert found["torch"] == torch.__version__.partition("+")[0]
     assert found["cpu_threads"] == torch.get_num_threads()
@@ -194,12 +194,12 @@ def test_a_changed_source_is_dirty_and_changed_results_are_not(tmp_path, monkeyp
         (tmp_path / name).write_text("1")
     git("init")
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src/provenance.py"))
-    assert provenance.source() == {"commit": None, "dirty": None}
+    assert provenance.commit() == {"commit": None, "dirty": None}
     git("add", ".")
     git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{40}", provenance.source()["commit"])
-    assert provenance.source()["dirty"] is False
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit()["commit"])
+    assert provenance.commit()["dirty"] is False
     (tmp_path / "results/runs/a.json").write_text("2")
-    assert provenance.source()["dirty"] is False
+    assert provenance.commit()["dirty"] is False
     (tmp_path / "src/new.py").write_text("2")
-    assert provenance.source()["dirty"] is True
+    assert provenance.commit()["dirty"] is True

@@ -21,6 +21,8 @@ from PIL import Image
 
 from actpress import measure
 from actpress.train import engine, logger, record, resume, run
+from actpress.train.errors import InputError
+from actpress.train.files import WriteError
 from training import (
     CPU,
     command,
@@ -67,12 +69,12 @@ RECIPES = {
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe):
     """Interrupted in the middle of the first epoch (nothing to resume from), of the second and of the third."""
     whole, broken = config(tmp_path / "whole", *recipe), config(tmp_path / "broken", *recipe)
-    assert run.run(whole)["resumes"] == 0
+    assert run.train(whole)["resumes"] == 0
     for step in (2, 6, 10):
         with interrupt(step, KeyError("power cut")), pytest.raises(KeyError):
-            run.run(broken)
+            run.train(broken)
         assert record.read(run.files_of(broken).record)["status"] == "failed"
-    assert run.run(broken)["resumes"] == 2
+    assert run.train(broken)["resumes"] == 2
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
     logs = [
         [
@@ -89,12 +91,12 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe
 def test_a_resumed_run_on_a_gpu_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, recipe):
     recipe = (*recipe, "runtime.device=cuda")
     whole, broken = config(tmp_path / "whole", *recipe), config(tmp_path / "broken", *recipe)
-    metrics = run.run(whole)["metrics"]
+    metrics = run.train(whole)["metrics"]
     assert metrics["peak_reserved_bytes"] >= metrics["peak_bytes"] > metrics["saved_bytes"] > 0
     assert metrics["train_images_per_s"]["median"] > 0
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(broken)
-    run.run(broken)
+        run.train(broken)
+    run.train(broken)
     states = [trajectory(final_state(cfg)) for cfg in (whole, broken)]
     for state in states:
         del state["measured"]  # what the allocator holds depends on what ran before in this process
@@ -116,28 +118,28 @@ def test_a_state_keeps_all_random_generators():
 def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     cfg = config(tmp_path)
     files = run.files_of(cfg)
-    finished = run.run(cfg)
+    finished = run.train(cfg)
     before = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (files.record, files.checkpoint, files.log)
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (files.record, files.resume_file, files.log)
     }
     capsys.readouterr()
-    assert run.run(cfg) == finished
+    assert run.train(cfg) == finished
     assert "is complete" in capsys.readouterr().out
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
 
     files.record.unlink()
-    run.run(cfg)
+    run.train(cfg)
     assert record.read(files.record) == finished
 
-    files.checkpoint.unlink()  # a record alone, as it is committed, blocks nothing
-    assert run.run(cfg)["history"][0]["train_seconds"] != finished["history"][0]["train_seconds"]
+    files.resume_file.unlink()  # a record alone, as it is committed, blocks nothing
+    assert run.train(cfg)["history"][0]["train_seconds"] != finished["history"][0]["train_seconds"]
 
     cfg.resume = False
     with interrupt(3, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(cfg)
+        run.train(cfg)
     capsys.readouterr()
     cfg.resume = True  # the old run is gone: nothing is complete any more
-    assert run.run(cfg)["status"] == "ok"
+    assert run.train(cfg)["status"] == "ok"
     assert "is complete" not in capsys.readouterr().out
 
 
@@ -163,29 +165,29 @@ def test_a_run_on_a_folder_is_not_taken_for_one_on_another(tmp_path, complete):
     cfg, with_other = (config(tmp_path, *FOLDER, "recipe.batch_size=8", f"data.root={root}") for root in (first, other))
     assert record.run_id(cfg) == record.run_id(with_other)
     with nullcontext() if complete else interrupt(3, KeyError("power cut")), suppress(KeyError):
-        run.run(cfg)
+        run.train(cfg)
     files = run.files_of(cfg)
-    before = files.record.read_bytes(), files.checkpoint.read_bytes()
-    with pytest.raises(run.InputError, match=r"was trained on .*, but the data are .*; restore those data") as caught:
-        run.run(with_other)
+    before = files.record.read_bytes(), files.resume_file.read_bytes()
+    with pytest.raises(InputError, match=r"was trained on .*, but the data are .*; restore those data") as caught:
+        run.train(with_other)
     assert "\n" not in str(caught.value)
     shutil.rmtree(other)
-    with pytest.raises(run.InputError, match=f"data.root {re.escape(str(other))} is not a directory"):
-        run.run(with_other)
-    assert before == (files.record.read_bytes(), files.checkpoint.read_bytes())
+    with pytest.raises(InputError, match=f"data.root {re.escape(str(other))} is not a directory"):
+        run.train(with_other)
+    assert before == (files.record.read_bytes(), files.resume_file.read_bytes())
     first.rename(other)
-    assert run.run(with_other)["status"] == "ok"  # the same images elsewhere
+    assert run.train(with_other)["status"] == "ok"  # the same images elsewhere
 
 
 def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path):
     cfg = config(tmp_path, *FOLDER, "recipe.batch_size=8", f"data.root={folder_of_images(tmp_path / 'a', 9)}")
     with interrupt(3, KeyError("power cut")), suppress(KeyError):
-        run.run(cfg)
-    path = run.files_of(cfg).checkpoint
+        run.train(cfg)
+    path = run.files_of(cfg).resume_file
     state = torch.load(path, weights_only=True)
     assert len(state["data"].pop("fingerprint")) == 16
     torch.save(state, path)
-    assert run.run(cfg)["resumes"] == 1
+    assert run.train(cfg)["resumes"] == 1
 
 
 @pytest.mark.quick(2)
@@ -203,10 +205,10 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path):
 )
 def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_path, capsys, damage):
     cfg = config(tmp_path, "recipe.epochs=1")
-    files, finished = run.files_of(cfg), run.run(cfg)
+    files, finished = run.files_of(cfg), run.train(cfg)
     files.record.write_text(damage(files.record.read_text()))
     capsys.readouterr()
-    assert run.run(cfg) == finished == record.read(files.record)
+    assert run.train(cfg) == finished == record.read(files.record)
     (line,) = capsys.readouterr().out.splitlines()
     accuracy = f"test accuracy {finished['metrics']['top1_last']:.2f}%"
     what = f"run {finished['run_id']} is complete (resume=false trains anew)"
@@ -215,10 +217,10 @@ def test_a_complete_run_says_what_it_reached_and_restores_a_damaged_record(tmp_p
 
 def test_a_complete_run_leaves_a_record_of_itself_from_elsewhere(tmp_path):
     cfg = config(tmp_path, "recipe.epochs=1")
-    files, finished = run.files_of(cfg), run.run(cfg)
+    files, finished = run.files_of(cfg), run.train(cfg)
     elsewhere = finished | {"environment": finished["environment"] | {"device": "another processor"}}
     record.write(files.record, elsewhere)
-    run.run(cfg)
+    run.train(cfg)
     assert record.read(files.record) == elsewhere
 
 
@@ -227,41 +229,41 @@ def test_a_complete_run_leaves_a_record_of_itself_from_elsewhere(tmp_path):
 def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
     epochs = {"epoch 2": 3, "the last epoch": 2}[where]
     whole, broken = (config(tmp_path / name, f"recipe.epochs={epochs}") for name in ("whole", "broken"))
-    run.run(whole)
+    run.train(whole)
     files = run.files_of(broken)
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(broken)
-    before = files.checkpoint.read_bytes()
+        run.train(broken)
+    before = files.resume_file.read_bytes()
     with files_up_to(600_000):  # a checkpoint takes 2 MB, a record a few kB
-        finished = run.run(broken)
+        finished = run.train(broken)
     assert finished == record.read(files.record)
     assert finished["status"] == "failed"
     advice = "resume=true goes on from the last checkpoint"
-    assert finished["message"] == f"{files.checkpoint} could not be written: File too large; {advice}"
-    assert files.checkpoint.read_bytes() == before
+    assert finished["message"] == f"{files.resume_file} could not be written: File too large; {advice}"
+    assert files.resume_file.read_bytes() == before
     assert [path.name for path in files.folder.iterdir() if path.suffix == ".tmp"] == []
-    assert run.run(broken)["status"] == "ok"
+    assert run.train(broken)["status"] == "ok"
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
 
 
 def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path):
     with files_up_to(600_000):
-        finished = run.run(cfg := config(tmp_path))
+        finished = run.train(cfg := config(tmp_path))
     none = "could not be written: File too large; there is no checkpoint to go on from"
-    assert finished["message"] == f"{run.files_of(cfg).checkpoint} {none}"
+    assert finished["message"] == f"{run.files_of(cfg).resume_file} {none}"
 
 
 def test_a_full_disk_without_room_for_the_record_is_named(tmp_path):
     cfg = config(tmp_path)
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(cfg)
+        run.train(cfg)
     files = run.files_of(cfg)
     before = files.record.read_bytes()
-    with pytest.raises(record.WriteError) as caught, files_up_to(2_500):  # config.yaml and the log are smaller
-        run.run(cfg)
+    with pytest.raises(WriteError) as caught, files_up_to(2_500):  # config.yaml and the log are smaller
+        run.train(cfg)
     assert str(caught.value) == f"{files.record} could not be written: File too large"
     assert files.record.read_bytes() == before
-    assert run.run(cfg)["status"] == "ok"
+    assert run.train(cfg)["status"] == "ok"
 
 
 DAMAGED = {
@@ -293,12 +295,12 @@ def test_a_damaged_line_of_the_log_is_dropped_and_said(tmp_path, capsys, damage,
 
 def test_a_log_of_rubbish_stops_no_resume(tmp_path):
     whole, broken = config(tmp_path / "whole"), config(tmp_path / "broken")
-    run.run(whole)
+    run.train(whole)
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(broken)
+        run.train(broken)
     with run.files_of(broken).log.open("ab") as file:
         file.write(b"".join(DAMAGED.values()) + b'{"step": 4')
-    assert run.run(broken)["status"] == "ok"
+    assert run.train(broken)["status"] == "ok"
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
     steps = [json.loads(line)["step"] for line in run.files_of(broken).log.read_text().splitlines()]
     assert steps == [4, 8, 12]
@@ -315,8 +317,8 @@ def test_two_processes_do_not_train_one_run(tmp_path):
     command = [sys.executable, "-c", holder, lock]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(run.InputError, match="trained by another process"):
-            run.run(cfg)
+        with pytest.raises(InputError, match="trained by another process"):
+            run.train(cfg)
         process.communicate()
     with lock.open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,8 +333,8 @@ def incomplete(tmp_path_factory):
     folder = tmp_path_factory.mktemp("incomplete")
     cfg = config(folder)
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(cfg)
-    return folder, run.files_of(cfg).checkpoint.read_bytes()
+        run.train(cfg)
+    return folder, run.files_of(cfg).resume_file.read_bytes()
 
 
 def flipped(content: bytes) -> bytes:
@@ -378,11 +380,11 @@ def saved_again(**changes):
 def test_a_checkpoint_that_cannot_be_used_is_named_and_left_alone(incomplete, damage, message):
     folder, content = incomplete
     cfg = config(folder)
-    path = run.files_of(cfg).checkpoint
+    path = run.files_of(cfg).resume_file
     path.write_bytes(damage(content))
     damaged, before = path.read_bytes(), run.files_of(cfg).record.read_bytes()
-    with pytest.raises(run.InputError, match=re.escape(message)) as caught:
-        run.run(cfg)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run.train(cfg)
     assert "resume=false" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == damaged
@@ -404,15 +406,15 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 def test_compiled_training_resumes_bit_for_bit(tmp_path):
     recipe = ("runtime.compile=true", "model=resmlp_tiny", "data.image_size=16", "model.geometry=cifar")
     whole, broken = config(tmp_path / "whole", *recipe), config(tmp_path / "broken", *recipe)
-    finished = run.run(whole)
+    finished = run.train(whole)
     eager = trainer_for(tmp_path, *recipe[1:])
     x, y = next(iter(eager.data.train))
     in_eager = measure.saved_bytes(lambda: eager._loss(x, y)[0])
     assert 0.9 * in_eager < finished["metrics"]["saved_bytes"] < 1.1 * in_eager  # parameters would be another 20%
     assert finished["metrics"]["peak_bytes"] is None  # the CPU's tracker would switch the compiler off
     with interrupt(6, KeyError("power cut")), pytest.raises(KeyError):
-        run.run(broken)
-    run.run(broken)
+        run.train(broken)
+    run.train(broken)
     assert differences(trajectory(final_state(whole)), trajectory(final_state(broken))) == []
 
 
@@ -425,7 +427,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
         (path,) = folder.glob("outputs/resnet20-*/last.pt")
         return torch.load(path, weights_only=True)
 
-    run.run(config(tmp_path / "whole", *options))
+    run.train(config(tmp_path / "whole", *options))
     killed = subprocess.Popen(command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any('"step": 100' in log.read_text() for log in tmp_path.glob("killed/outputs/resnet20-*/log.jsonl")):

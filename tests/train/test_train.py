@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from actpress import measure
-from actpress.train import engine, meters, record, run
+from actpress.train import engine, metrics, record, run
+from actpress.train.errors import InputError
 from training import (
     CPU,
     config,
@@ -28,7 +29,7 @@ from training import (
 
 def test_a_run_learns_and_leaves_a_record(tmp_path, capsys):
     cfg = config(tmp_path, "recipe.epochs=5", "data.train_size=256", "recipe.optimizer.lr=0.02")
-    finished = run.run(cfg)
+    finished = run.train(cfg)
     files = run.files_of(cfg)
     assert record.read(files.record) == finished
     assert finished["status"] == "ok"
@@ -72,13 +73,13 @@ def test_measuring_changes_no_weight(tmp_path):
 
 
 def test_a_run_of_one_step_has_no_peak_and_no_speed(tmp_path):
-    metrics = run.run(config(tmp_path, "recipe.epochs=1", "data.train_size=16"))["metrics"]
+    metrics = run.train(config(tmp_path, "recipe.epochs=1", "data.train_size=16"))["metrics"]
     assert (metrics["steps"], metrics["peak_bytes"], metrics["train_images_per_s"]) == (1, None, None)
     assert metrics["saved_bytes"] > 0
 
 
 def test_every_seed_is_its_own_trajectory_and_repeats(tmp_path):
-    results = [run.run(config(tmp_path / str(i), f"seed={seed}")) for i, seed in enumerate((0, 0, 1))]
+    results = [run.train(config(tmp_path / str(i), f"seed={seed}")) for i, seed in enumerate((0, 0, 1))]
     losses = [[row["train_loss"] for row in result["history"]] for result in results]
     assert losses[0] == losses[1] != losses[2]
 
@@ -88,7 +89,7 @@ def test_every_seed_is_its_own_trajectory_and_repeats(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     cfg = config(tmp_path, "recipe.optimizer.lr=1e30", "recipe.schedule.warmup_epochs=0")
-    finished = run.run(cfg)
+    finished = run.train(cfg)
     assert finished == record.read(run.files_of(cfg).record)
     assert finished["status"] == "diverged"
     assert "not finite: epoch 1" in finished["message"]
@@ -122,7 +123,7 @@ def test_a_test_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, damage, e
 
     monkeypatch.setattr(engine.Trainer, "train_epoch", train_epoch)
     cfg = config(tmp_path, f"recipe.ema={ema or 'null'}")
-    finished = run.run(cfg)
+    finished = run.train(cfg)
     assert finished == record.read(run.files_of(cfg).record)
     assert finished["status"] == "diverged"
     where = " (EMA weights)" if ema else ""
@@ -152,7 +153,7 @@ def test_a_loss_that_is_not_finite_in_the_last_step_ends_the_run(tmp_path, monke
         return (loss * math.nan if self.step == 11 else loss), logits
 
     monkeypatch.setattr(engine.Trainer, "_loss", _loss)
-    finished = run.run(config(tmp_path))  # 12 steps
+    finished = run.train(config(tmp_path))  # 12 steps
     assert (finished["status"], len(finished["history"])) == ("diverged", 2)
     assert finished["message"] == "the training loss is not finite: epoch 3, at most 12 steps done"
 
@@ -161,7 +162,7 @@ def test_an_empty_test_set_is_named(tmp_path, monkeypatch):
     images = types.SimpleNamespace(train=[0], test=[], num_classes=10)
     monkeypatch.setattr(run.data, "create", lambda *args, **kwargs: images)
     with pytest.raises(ValueError, match="test set is empty"):
-        run.run(config(tmp_path))
+        run.train(config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_running_out_of_memory_is_a_result(tmp_path, error):
             torch.empty(2**50)
         error = caught.value
     with interrupt(6, error):
-        finished = run.run(cfg)
+        finished = run.train(cfg)
     assert finished == record.read(run.files_of(cfg).record)
     assert (finished["status"], len(finished["history"])) == ("oom", 1)
     assert "\n" not in finished["message"]
@@ -186,8 +187,8 @@ def test_running_out_of_memory_is_a_result(tmp_path, error):
 def test_a_bug_is_recorded_and_raised(tmp_path):
     cfg = config(tmp_path)
     with interrupt(3, ValueError("a bug")), pytest.raises(ValueError, match="a bug") as caught:
-        run.run(cfg)
-    assert not isinstance(caught.value, run.InputError)
+        run.train(cfg)
+    assert not isinstance(caught.value, InputError)
     finished = record.read(run.files_of(cfg).record)
     assert (finished["status"], finished["message"]) == ("failed", "ValueError: a bug")
 
@@ -323,18 +324,18 @@ def test_weight_decay_covers_all_parameters_unless_asked(tmp_path):
 
 
 def test_sums_are_means_over_samples():
-    sums = meters.Sums(CPU)
+    sums = metrics.Sums(CPU)
     logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
     sums.add(torch.tensor(1.0), logits, torch.tensor([0, 1, 1]))
     first = sums.read()
     sums.add(torch.tensor(4.0), logits[:1], torch.tensor([1]))
-    assert meters.means(sums.read()) == ((3 * 1.0 + 4.0) / 4, 50.0)
-    assert meters.means(sums.read(), first) == (4.0, 0.0)
+    assert metrics.means(sums.read()) == ((3 * 1.0 + 4.0) / 4, 50.0)
+    assert metrics.means(sums.read(), first) == (4.0, 0.0)
 
 
 @pytest.mark.parametrize(("steps", "skipped"), [(0, 0), (1, 0), (5, 2), (20, 10), (100, 10)])
 def test_the_first_steps_warm_up(steps, skipped):
-    timer = meters.StepTimer(CPU)
+    timer = metrics.StepTimer(CPU)
     for _ in range(steps):
         with timer:
             pass
@@ -367,8 +368,8 @@ class Event:
 def test_the_host_is_timed_where_the_device_was_idle(monkeypatch):
     host = iter([0.0, 0.003, 10.0, 20.0, 20.004, 30.0, 30.001])
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(host))
-    timer = meters.StepTimer(torch.device("cuda"))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(host))
+    timer = metrics.StepTimer(torch.device("cuda"))
     for busy in (False, True, False):
         monkeypatch.setattr(Event, "busy", busy)
         with timer:
@@ -380,9 +381,9 @@ def test_the_host_is_timed_where_the_device_was_idle(monkeypatch):
     assert timer.read() == pytest.approx([0.005] * 4)
     assert timer.host == [pytest.approx(0.003), None, pytest.approx(0.004), pytest.approx(0.001)]
     assert timer.steady_host() == [pytest.approx(0.004), pytest.approx(0.001)]  # two of four steps warm up
-    found = meters.milliseconds(timer.steady_host())
+    found = metrics.milliseconds(timer.steady_host())
     assert found == {"median": pytest.approx(2.5), "iqr": pytest.approx(1.5), "n": 2}
-    assert meters.milliseconds([]) is None and meters.milliseconds([0.002])["iqr"] == 0
+    assert metrics.milliseconds([]) is None and metrics.milliseconds([0.002])["iqr"] == 0
 
 
 # What the loop costs
@@ -441,7 +442,7 @@ def test_the_loop_costs_at_most_two_percent(tmp_path):
     scheduler, _ = engine.create_schedule(optimizer, cfg.recipe.schedule, 3, len(trainer.data.train))
     hand = by_hand(twin, optimizer, scheduler)
     batches = list(trainer.data.train)
-    sums = meters.Sums(CPU)
+    sums = metrics.Sums(CPU)
 
     def ours(x, y):
         loss, logits = trainer._next_step(x, y)

@@ -9,7 +9,6 @@ identity.json   units.json   *.json   *.csv   runs/<run_id>.json   logs/<unit>.l
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from actpress.train import provenance, record
+from actpress.train import files, provenance, record
 
 GRACE = 5.0  # seconds that a stopped unit has to end by itself
 WORTH = 10.0  # seconds that must be left to start a unit
@@ -91,32 +90,32 @@ def units_of(out: Path) -> dict[str, Any]:
     return record.read(out / "units.json", {"units": dict})["units"] if (out / "units.json").exists() else {}
 
 
-def run(
+def execute_call(
     profile: Profile, call: str, seconds: float, out: Path, archive: Path, root: Path, rehearsal: bool = False
 ) -> int:
     """Run the units of a call that are not done and fit into `seconds`; `archive`, of all in `out`, is renewed every EVERY seconds.
 
     A unit that fails is noted, with its log, and does not stop the rest. Returns 1 if one failed or was stopped, 0 otherwise.
     """
-    end, ended, source = time.monotonic() + seconds, units_of(out), provenance.source()
+    end, ended, commit = time.monotonic() + seconds, units_of(out), provenance.commit()
     units = [unit for unit in profile.units if unit.call == call]
     with _archived(out, archive):
         for number, unit in enumerate(units):
             left, before = end - GRACE - time.monotonic(), ended.get(unit.name, {})
             if before.get("status") == "done":
-                if before["commit"] != source["commit"]:
+                if before["commit"] != commit["commit"]:
                     print(f"{unit.name}: done at {before['commit']}, not run again", flush=True)
                 continue
             if left < min(WORTH, unit.seconds):
                 print(f"[{left:4.0f} s left] {unit.name}: not started", flush=True)
                 continue
             limit = min(left, max(unit.seconds, left - sum(later.seconds for later in units[number + 1 :])))
-            log, begin = out / "logs" / f"{slug(unit.name)}.log", time.monotonic()
+            log, begin = out / "logs" / f"{files.slug(unit.name)}.log", time.monotonic()
             code = execute(unit, out, log, limit, root, rehearsal)
             status = "stopped" if code is None else "failed" if code else "done"
             took, left = time.monotonic() - begin, end - time.monotonic()
             tail = log.read_text(errors="replace").splitlines()[-TAIL:]
-            found = {"status": status, "seconds": round(took, 1), "limit": round(limit, 1), **source}
+            found = {"status": status, "seconds": round(took, 1), "limit": round(limit, 1), **commit}
             ended[unit.name] = {**found, "said": " ".join(tail[-1:])[:300]}
             record.write(out / "units.json", {"units": ended})
             print(f"[{left:4.0f} s left] {unit.name}: {status} in {took:.0f} s", flush=True)
@@ -163,7 +162,7 @@ def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehear
 
 def pack(out: Path, archive: Path) -> None:
     """Write all files below `out` into a .tar.gz, which takes the place of the last one at once."""
-    with record.replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
+    with files.atomic_write(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
         for path in sorted(out.rglob("*")):
             if path.is_file() and path.suffix != ".tmp":
                 tar.add(path, path.relative_to(out).as_posix())
@@ -187,8 +186,3 @@ def _archived(out: Path, archive: Path) -> Iterator[None]:
         over.set()
         thread.join()
         pack(out, archive)
-
-
-def slug(name: str) -> str:
-    """A file name: "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -6,7 +6,7 @@ stock PyTorch, and a second one at the end shows how far the device drifted.
 
 A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; step_ms
 {median, iqr, n}, a step's time on the device; host_ms, what Python takes to issue a step, of those that begin with an idle device
-(meters.StepTimer): a GPU waits for Python where it comes near step_ms; None on a CPU, where both are one; peak_bytes, peak_reserved_bytes,
+(metrics.StepTimer): a GPU waits for Python where it comes near step_ms; None on a CPU, where both are one; peak_bytes, peak_reserved_bytes,
 saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors tell it.
 """
 
@@ -29,7 +29,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from actpress import swap
 from actpress.measure import is_out_of_memory, predicted_memory
-from actpress.train import cli, engine, settings
+from actpress.train import cli, config, engine
 
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -144,7 +144,7 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
     """One row."""
     rival = RIVALS.get(name)
     cfg = setting.config(configs, STOCK if rival or name == AGAIN else name)
-    device, begin = settings.device(cfg.runtime.device), time.perf_counter()
+    device, begin = config.device(cfg.runtime.device), time.perf_counter()
     numbers: dict[str, Any] = {}
     status, message = "predicted" if setting.predict else "ok", None
     try:

@@ -10,7 +10,6 @@ its files; 130 interrupted. A sweep ends with the highest code of its jobs.
 """
 
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,15 +27,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actpress.train import outcomes, streams, usage
-from actpress.train.arguments import explain
-from actpress.train.outcomes import INTERRUPTED, Outcome
-from actpress.train.record import Unreadable, WriteError, check_folder
-from actpress.train.run import InputError
-from actpress.train.run import run as train_run
+from actpress.train import command, outcomes, run, usage
+from actpress.train.errors import BAD_INPUT, BUG, INTERRUPTED, UNHAPPY_END, InputError
+from actpress.train.files import WriteError, check_folder
+from actpress.train.outcomes import Outcome
 
 VERSION_BASE = "1.3"
-BUG, BAD_INPUT, UNHAPPY_END = 1, 2, 3
 
 
 class Lack(NamedTuple):
@@ -72,7 +68,7 @@ class Plan(NamedTuple):
 
 def train(configs: Path) -> int:
     """Run the command line sys.argv on the configs in folder `configs` (config train). Returns the exit code."""
-    return _ending(lambda: _train(configs))
+    return command.main(lambda: _train(configs))
 
 
 def _train(configs: Path) -> int:
@@ -129,7 +125,7 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
 
     It returns the last top-1, which is what a sweeper optimises, or None for a run that failed. A launcher may pickle it.
     """
-    sweep, refused, full_errors = plan.sweep, plan.refused, _full_errors()
+    sweep, refused, full_errors = plan.sweep, plan.refused, command.full_errors()
 
     def tell(code: int | None, reason: str | None = None) -> None:
         number = HydraConfig.get().job.num if sweep else 0
@@ -142,7 +138,7 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
             for (group, choice), reason in refused.items():
                 if HydraConfig.get().runtime.choices.get(group) == choice:
                     raise InputError(reason)
-            record = train_run(cfg)
+            record = run.train(cfg)
         except KeyboardInterrupt:
             tell(INTERRUPTED)
             raise
@@ -151,7 +147,7 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
             tell(code, str(error))
             if full_errors:
                 raise
-            _complain(error)
+            command.complain(error)
             return None
         except Exception as error:
             tell(BUG, " ".join(f"{type(error).__name__}: {error}".split()))
@@ -167,36 +163,6 @@ def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[Dict
         return record["metrics"]["top1_last"]
 
     return job
-
-
-def run(main: Callable[[], int | None]) -> int:
-    """Call main() and return its exit code, 0 for None; InputError and Unreadable become one line on stderr and code 2.
-
-    With --help among the arguments of the command, its docstring is printed instead.
-    """
-    return _ending(lambda: 0 if explain(sys.argv) else main())
-
-
-def _ending(main: Callable[[], int | None]) -> int:
-    with streams.unstoppable():
-        try:
-            return main() or 0
-        except (InputError, Unreadable) as error:
-            if _full_errors():
-                raise
-            return _complain(error)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-            return INTERRUPTED
-
-
-def _full_errors() -> bool:
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-
-def _complain(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT
 
 
 def compose(overrides: list[str], configs: Path, name: str = "train") -> DictConfig:

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from actpress import measure, swap
 from actpress.train import resume
-from actpress.train.meters import StepTimer, Sums, means, milliseconds
-from actpress.train.settings import PRECISIONS
+from actpress.train.config import PRECISIONS
+from actpress.train.metrics import StepTimer, Sums, means, milliseconds
 
 REPORT_EVERY = 20  # steps between two looks at the device: progress bar, log, check that the loss is finite
 PEAK_STEP = 2  # the third step: gradients and optimiser state exist
@@ -103,7 +103,7 @@ def create_schedule(
 class Trainer:
     """One model on its way through one recipe.
 
-    model: with the method applied, on `device`. cfg: needs recipe and runtime, as settings.check allows them.
+    model: with the method applied, on `device`. cfg: needs recipe and runtime, as config.check allows them.
     """
 
     def __init__(self, cfg: DictConfig, model: nn.Module, data: Data, device: torch.device):

@@ -25,8 +25,9 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, ListConfig
 
-from actpress.train.record import method_name, naming, portable, replacing
-from actpress.train.settings import shown
+from actpress.train.config import shown
+from actpress.train.files import atomic_write, write_errors
+from actpress.train.record import method_name, portable
 
 WANDB_FOLDERS = ("wandb", ".wandb")  # W&B takes the second where it is there
 NAMES = ("wandb", "none")
@@ -45,7 +46,7 @@ class Log:
         """Append values, those that are not None, at global step `step`. Raises WriteError, a full disk for instance."""
         known = {key: value for key, value in values.items() if value is not None}
         line = (json.dumps({"step": step, **known}) + "\n").encode()
-        with naming(self._path):
+        with write_errors(self._path):
             while line:  # a disk that fills up takes a part of it, and raises an error at the rest
                 line = line[self._file.write(line) :]
         if self._wandb:
@@ -209,7 +210,7 @@ def _in_netrc() -> bool:
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of a log that lie after `step`, which the run will write again, and damaged ones. Returns the rows that stay."""
     if not path.exists():
-        with naming(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return []
     *lines, _ = path.read_bytes().split(b"\n")  # a run that was killed may have cut its last line short
@@ -217,7 +218,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
     if damaged := rows.count(None):
         print(f"{path}: {damaged} damaged line(s) dropped; the curves have a gap, the record has none", file=sys.stderr)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(line + b"\n" for line, _ in kept)
     return [row for _, row in kept]
 

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from actpress.train.record import replacing
+from actpress.train.errors import INTERRUPTED
+from actpress.train.files import atomic_write
 
-KILLED, INTERRUPTED = 1, 130  # exit codes of a job that ended without a word, and by Ctrl-C
+KILLED = 1  # exit code of a job that ended without writing its outcome
 
 
 class Outcome(NamedTuple):
@@ -29,7 +30,7 @@ class Outcome(NamedTuple):
 
 def note(folder: Path, outcome: Outcome) -> None:
     """Write how a job stands, over what it wrote before."""
-    with replacing(folder / f"{outcome.number}.json") as file:
+    with atomic_write(folder / f"{outcome.number}.json") as file:
         file.write(json.dumps(outcome._asdict()).encode())
 
 

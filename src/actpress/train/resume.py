@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actpress.train.record import replacing
+from actpress.train.files import atomic_write
 
 FORMAT = 1  # of the dictionary; raised whenever a key changes its meaning
 UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError)
@@ -20,7 +20,7 @@ UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (with the key run_id) so that `path` always holds a whole checkpoint, the old or the new one."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 

@@ -20,13 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actpress import measure, swap
-from actpress.train import data, engine, logger, record, resume, settings
+from actpress.train import config, data, engine, logger, provenance, record, resume
+from actpress.train.errors import InputError, Unreadable
+from actpress.train.files import WriteError, atomic_write, check_file, check_folder, make_folder
 
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException)
-
-
-class InputError(ValueError):
-    """Input that no run can be made of; the message is one line that names the value and what is allowed."""
 
 
 class Files(NamedTuple):
@@ -36,7 +34,7 @@ class Files(NamedTuple):
     record: Path
 
     @property
-    def checkpoint(self) -> Path:
+    def resume_file(self) -> Path:
         return self.folder / "last.pt"
 
     @property
@@ -58,7 +56,7 @@ def files_of(cfg: DictConfig) -> Files:
     return Files(Path(cfg.paths.outputs) / name, Path(cfg.paths.records) / f"{name}.json")
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig) -> dict[str, Any]:
     """Train what a composed cfg (configs/train.yaml) describes, or go on with it, and return its record.
 
     The last line it prints says how the run ended, where its record is and what W&B holds.
@@ -69,18 +67,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     with ExitStack() as stack:
         with bad_input():
-            settings.check(cfg)
+            config.check(cfg)
             logger.check(cfg)
-            record.check_folder("paths.outputs", cfg.paths.outputs)
-            record.check_folder("paths.records", cfg.paths.records)
-            device = settings.device(cfg.runtime.device)
+            check_folder("paths.outputs", cfg.paths.outputs)
+            check_folder("paths.records", cfg.paths.records)
+            device = config.device(cfg.runtime.device)
             name, files = record.run_id(cfg), files_of(cfg)
-            for path in (files.lock, files.config, files.log, files.checkpoint, files.record):
-                record.check_file(path)
+            for path in (files.lock, files.config, files.log, files.resume_file, files.record):
+                check_file(path)
             stack.enter_context(_alone(files.lock, name))
             state = None
-            if cfg.resume and files.checkpoint.exists():
-                state = resume.load(files.checkpoint, name, device)
+            if cfg.resume and files.resume_file.exists():
+                state = resume.load(files.resume_file, name, device)
                 if state["record"]:
                     if cfg.data.source == "folder":  # other data are what the config says, wherever they lie
                         _check_data(state["data"], data.open_images(cfg.data).facts)
@@ -89,7 +87,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             _prepare(cfg, files)
             log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
             if state is None:  # or a run that is stopped before its first save would go on from the one it replaces
-                files.checkpoint.unlink(missing_ok=True)  # last: whatever fails above leaves it as it was
+                files.resume_file.unlink(missing_ok=True)  # last: whatever fails above leaves it as it was
         print(
             f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
             flush=True,
@@ -145,7 +143,7 @@ def _is_there(finished: dict[str, Any], path: Path) -> bool:
     """Whether the file holds this record, or one of the same run that was measured elsewhere, as a committed one may be."""
     try:
         there = record.read(path, record.RUN)
-    except record.Unreadable:
+    except Unreadable:
         return False
     same_run = all(there[key] == finished[key] for key in ("run_id", "status"))
     return there == record.as_read(finished) or (same_run and there["environment"] != finished["environment"])
@@ -160,9 +158,9 @@ def _last_line(what: str, files: Files, finished: dict[str, Any], held: str) -> 
 
 def _prepare(cfg: DictConfig, files: Files) -> None:
     """See to it before training that its results can be written."""
-    record.make_folder("paths.outputs", files.folder)
-    record.make_folder("paths.records", files.record.parent)
-    with record.replacing(files.config) as file:
+    make_folder("paths.outputs", files.folder)
+    make_folder("paths.records", files.record.parent)
+    with atomic_write(files.config) as file:
         file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
@@ -199,7 +197,7 @@ def _build(
         "config": record.portable(cfg),
         "data": images.facts,
         "layers_replaced": len(report.replaced),
-        "environment": record.environment(device),
+        "environment": provenance.environment(device),
         "resumes": resumes,
     }
     return trainer, about
@@ -220,7 +218,7 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
     def save(finished: dict[str, Any] | None = None) -> None:
         extra = {key: about[key] for key in ("data", "resumes")}
         extra |= {"run_id": name, "device": trainer.device.type, "wandb_id": log.id, "record": finished}
-        resume.save(files.checkpoint, trainer.state() | extra)
+        resume.save(files.resume_file, trainer.state() | extra)
 
     def on_epoch(row: dict[str, float]) -> None:
         _report(trainer, row, log)
@@ -240,8 +238,8 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
         save(finished)  # after the record: a run that dies in between repeats its last epoch
     except engine.Diverged as error:
         finished = ended("diverged", str(error))
-    except record.WriteError as error:
-        there = files.checkpoint.exists()
+    except WriteError as error:
+        there = files.resume_file.exists()
         advice = "resume=true goes on from the last checkpoint" if there else "there is no checkpoint to go on from"
         finished = ended("failed", f"{error}; {advice}")
     except Exception as error:
@@ -250,7 +248,7 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
         else:
             try:
                 finished = ended("failed", f"{type(error).__name__}: {_one_line(error)}")
-            except record.WriteError as unwritten:
+            except WriteError as unwritten:
                 error.add_note(str(unwritten))
             raise
     finally:

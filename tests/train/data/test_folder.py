@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 
 from actpress.train.data import folder
-from actpress.train.run import InputError
+from actpress.train.errors import InputError
 from datasets import create
 
 SHADES = {"cat": 10, "dog": 200}

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
-from actpress.train import record
+from actpress.train import files
 
 from . import folder
 from .files import FileImages
@@ -135,7 +135,7 @@ def save_array(path: Path, train: Images, test: Images, fingerprint: str) -> Non
     for split, images in zip(_SPLITS, (train, test), strict=True):
         content |= {f"{split}_pixels": images.pixels().numpy(), f"{split}_labels": images.labels.numpy()}
         content[f"{split}_formats"] = np.array(images.formats, dtype=str)
-    with record.replacing(path) as file:
+    with files.atomic_write(path) as file:
         np.savez(file, **content)
 
 
