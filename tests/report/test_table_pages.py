@@ -13,7 +13,8 @@ import reproduce_table
 import table_rows
 from actpress import tables
 from actpress.report import terminal
-from actpress.train import cli, provenance, record
+from actpress.train import cli, command, provenance, record
+from actpress.train.errors import BAD_INPUT
 from paths import ROOT
 
 FUNCTION = """
@@ -197,7 +198,7 @@ def test_overridden_tables_and_those_of_this_machine_stay_out_of_results(project
 @pytest.mark.parametrize("dry", ["dry=true", "dry=false"])
 def test_an_override_that_no_row_can_have_is_named_before_anything_is_measured(project, capsys, dry):
     root = project("training")
-    assert cli.main(lambda: reproduce_table.main(["training", "recipe.epochs=abc", dry])) == cli.BAD_INPUT
+    assert command.main(lambda: reproduce_table.main(["training", "recipe.epochs=abc", dry])) == BAD_INPUT
     assert capsys.readouterr() == ("", "error: recipe.epochs=abc must be a whole number >= 1\n")
     assert not (root / "outputs").exists()
 
@@ -314,14 +315,14 @@ def test_a_record_that_is_gone_or_damaged_is_named(project, capsys, damage, mess
     path = root / "results" / "runs" / f"{record.run_id(table_rows.compose(load(root, 'training').cells[0], 0))}.json"
     damage(path)
     capsys.readouterr()
-    for command in (
+    for called in (
         lambda: report.main(["--check"]),
         lambda: reproduce_table.main(["function"]),
         *(
             [lambda: reproduce_table.main(["training", "dry=true"])] if path.exists() else []
         ),  # else it is to be measured
     ):
-        assert cli.main(command) == cli.BAD_INPUT
+        assert command.main(called) == BAD_INPUT
         err = capsys.readouterr().err
         assert message in err and str(path) in err and len(err.splitlines()) == 1
     assert (root / "results" / "tables" / "function.md").is_file()
@@ -336,7 +337,7 @@ def test_a_damaged_page_or_record_of_any_table_is_named(project, predictions, ca
     path = sorted((root / "results" / place).glob("*.json"))[0]
     path.write_text(text)
     capsys.readouterr()
-    assert cli.main(lambda: report.main(["--check"])) == cli.BAD_INPUT
+    assert command.main(lambda: report.main(["--check"])) == BAD_INPUT
     err = capsys.readouterr().err
     assert str(path) in err and len(err.splitlines()) == 1
 
