@@ -18,10 +18,12 @@ from actpress.kernels import (
     pruning,
     quantize,
 )
+from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.common.groups import GROUPINGS
-from actpress.kernels.pooling.convolution import conv2d_weight_grad
-from actpress.kernels.pooling.convolution import conv2d_weight_grad_triton as conv2d_by_kernel
-from actpress.kernels.pruning import encode_decode, product
+from actpress.kernels.pooling.reference import conv2d_weight_grad_reference
+from actpress.kernels.pooling.triton import conv2d_weight_grad_triton, pool_triton
+from actpress.kernels.pruning.triton import decode_triton, encode_by_kernels
+from actpress.kernels.pruning.triton_product import weight_grad_triton
 from devices import INTERPRETED
 
 MAPS = [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0), (0, 0, 0, 0)]
@@ -85,7 +87,7 @@ def test_max_pool_takes_an_empty_batch_as_stock_does():
 @pytest.mark.parametrize("align", pooling.ALIGN)
 def test_pooling(align, shape):
     x = torch.randn(shape)
-    for pool in (pooling.pool, pooling.pool_max, *([pooling.pool_triton] if INTERPRETED else [])):
+    for pool in (pooling.pool, pooling.pool_max, *([pool_triton] if INTERPRETED else [])):
         pooled = pool(x, 2, align)
         assert pooled.shape == (*shape[:2], shape[2] // 2, shape[3] // 2)
         assert pooling.upsample_reference(pooled, shape[2:], 2, align).shape == shape
@@ -96,10 +98,14 @@ def test_pooling(align, shape):
 def test_the_weight_gradient_of_an_empty_batch_is_zero(kernel, stride, align):
     x, weight = torch.randn(0, 3, 8, 8), torch.randn(4, 3, kernel, kernel)
     dy, pooled = F.conv2d(x, weight, None, stride, 1), pooling.pool(x, 2, align)
-    geometry = (8, 8), weight.shape, (stride, stride), (1, 1), (1, 1), 1, 2, align
-    reference = pooling.conv2d_weight_grad_reference
-    for run in (conv2d_weight_grad, reference, lambda *inputs: conv2d_by_kernel(*inputs)[0]):
-        assert torch.equal(run(pooled, dy, *geometry), torch.zeros(weight.shape))
+    conv = ConvGeometry(weight.shape, (stride, stride), (1, 1), (1, 1), 1)
+    geometry = pooling.PooledConv(conv, (8, 8), 2, align)
+    for name, dw in {
+        "public": pooling.conv2d_weight_grad(pooled, dy, geometry),
+        "reference": conv2d_weight_grad_reference(pooled, dy, geometry),
+        "kernel": conv2d_weight_grad_triton(pooled, dy, geometry)[0],
+    }.items():
+        assert torch.equal(dw, torch.zeros(weight.shape)), name
 
 
 @pytest.mark.parametrize("shape", TOKENS, ids=str)
@@ -109,13 +115,13 @@ def test_pruning(noise, shape):
     kept = pruning.kept_blocks(grid, 0.8)
     assert kept == pruning.code_bytes(grid, 0.8, 4) == 0
     dy, rows = torch.ones(*shape[:-1], 6), torch.Size(shape[:-1]).numel()
-    blocks = encode_decode.encode(x, grid, kept, noise)
-    assert encode_decode.decode(blocks, grid).shape == (rows, shape[-1])
-    assert torch.equal(product.weight_grad(blocks, dy, grid), torch.zeros(6, shape[-1]))
+    blocks = pruning.encode(x, grid, kept, noise)
+    assert pruning.decode(blocks, grid).shape == (rows, shape[-1])
+    assert torch.equal(pruning.weight_grad(blocks, dy, grid), torch.zeros(6, shape[-1]))
     if INTERPRETED:
-        values, index = encode_decode.encode_by_kernels(x, grid.height, grid.width, kept, noise)
-        assert encode_decode.decode_triton(values, index, rows, shape[-1]).shape == (rows, shape[-1])
-        dw = product.weight_grad_triton(values, index, dy, shape[-1])
+        values, index = encode_by_kernels(x, grid.height, grid.width, kept, noise)
+        assert decode_triton(values, index, rows, shape[-1]).shape == (rows, shape[-1])
+        dw = weight_grad_triton(values, index, dy, shape[-1])
         assert torch.equal(dw, torch.zeros(6, shape[-1]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from actpress.kernels.few_bit import BITS, CHUNK, code_bytes, encode_reference, input_grad_reference
+from actpress.kernels.few_bit.reference import BITS, CHUNK, code_bytes, encode_reference, input_grad_reference
 from actpress.kernels.few_bit.tables import TABLES
 from actpress.measure import derivatives
 from paths import ROOT

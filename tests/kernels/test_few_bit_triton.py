@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actpress.kernels import few_bit, inverted
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.few_bit import BITS
+from actpress.kernels.few_bit import BITS, cases, op, reference
+from actpress.kernels.few_bit import triton as kernels
 from actpress.kernels.few_bit.tables import TABLES
+from actpress.kernels.inverted.triton import forward_triton as inverted_forward_triton
 from devices import BACKENDS, DEVICES, INTERPRETED, assert_close, assert_same, last_program_only, traffic
 
 SIZES = [(0,), (1,), (7,), (8,), (63,), (4097,), (3, 5, 7), (2, 5, 7, 9)]
-LARGE = {"GROUPS": 16384} if INTERPRETED else few_bit.CONFIGS[0]  # few programs, for the interpreter
-CASES = {case.name: case for case in few_bit.cases()}
+LARGE = {"GROUPS": 16384} if INTERPRETED else kernels.CONFIGS[0]  # few programs, for the interpreter
+CASES = {case.name: case for case in cases.cases()}
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy: overflow in a sigmoid of 0
@@ -20,7 +21,7 @@ pytestmark = [
 
 
 def code_of(x, function, bits):
-    return few_bit.encode_reference(x, function, bits)[0]
+    return reference.encode_reference(x, function, bits)[0]
 
 
 def tensors(outputs):
@@ -35,14 +36,14 @@ def test_sizes(device, dtype, bits, shape):
     x, dy = 2 * torch.randn(2, *shape, device=device).to(dtype)
     x.view(-1)[:2000:5] = torch.nan  # code 0; and chunks without any follow
     dy.view(-1)[::3] = torch.inf
-    planes = few_bit.encode_triton(x, "silu", bits)
+    planes = kernels.encode_triton(x, "silu", bits)
     assert_same("planes", planes, code_of(x, "silu", bits))
-    y, fused = few_bit.forward_triton(x, "silu", bits)
+    y, fused = kernels.forward_triton(x, "silu", bits)
     assert_same("planes of the fused kernel", fused, planes)
     # one rounding, and the last bits of sigmoid
     torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
-    ours = few_bit.input_grad_triton(dy, planes, "silu", bits, False)
-    assert_same("dx", ours, few_bit.input_grad_reference(dy, planes, "silu", bits, False))
+    ours = kernels.input_grad_triton(dy, planes, "silu", bits, False)
+    assert_same("dx", ours, reference.input_grad_reference(dy, planes, "silu", bits, False))
 
 
 @pytest.mark.quick(12)
@@ -55,21 +56,21 @@ def test_every_16_bit_input_and_both_neighbours_of_every_border(device, function
         x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         x = x[x.isfinite() & ((x == 0) | (x.float().abs() >= torch.finfo(dtype).tiny))]  # see inverted's tests
     else:
-        borders = torch.tensor(few_bit._BORDERS[function, bits, dtype]).view(torch.int32)
+        borders = torch.tensor(reference.BORDERS[function, bits, dtype]).view(torch.int32)
         x = (borders[:, None] + torch.arange(-9, 10, dtype=torch.int32)).view(dtype)
         x = torch.cat([x[~x.isnan()], -x[~x.isnan()]])  # what lies below 0 is above -0
     x = x.to(device)
-    planes = few_bit.encode_triton(x, function, bits, LARGE)
+    planes = kernels.encode_triton(x, function, bits, LARGE)
     assert_same("planes", planes, code_of(x, function, bits))
     ones = torch.ones(x.shape, device=device)
-    d = few_bit.input_grad_triton(ones, planes, function, bits, False, LARGE)
-    assert_same("d", d, few_bit.input_grad_reference(ones, planes, function, bits, False))
+    d = kernels.input_grad_triton(ones, planes, function, bits, False, LARGE)
+    assert_same("d", d, reference.input_grad_reference(ones, planes, function, bits, False))
     assert len(d.unique()) == 2**bits  # no level is left out
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-@pytest.mark.parametrize("config", few_bit.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=str)
 def test_configurations(config, device, dtype, name):
     case = CASES[name]
     inputs = case.tiny(dtype, device)
@@ -100,31 +101,31 @@ def test_any_strides(device, dtype, strides):
         }[strides]
 
     x, dy = (view(torch.randn(2, 6, 5, 7, device=device).to(dtype)) for _ in range(2))
-    y, planes = few_bit.forward_triton(x, "gelu", 3)
+    y, planes = kernels.forward_triton(x, "gelu", 3)
     channels_last = is_channels_last(x)
     assert is_channels_last(y) == channels_last
-    assert_same("planes alone", few_bit.encode_triton(x, "gelu", 3), planes)
+    assert_same("planes alone", kernels.encode_triton(x, "gelu", 3), planes)
     plain = code_of(x.contiguous(), "gelu", 3)
-    expected = few_bit.input_grad_reference(dy.contiguous(), plain, "gelu", 3, False)
-    assert_same("dx", few_bit.input_grad_triton(dy, planes, "gelu", 3, channels_last), expected)
-    assert_same("dx", few_bit.input_grad_triton(dy.contiguous(), planes, "gelu", 3, channels_last), expected)
+    expected = reference.input_grad_reference(dy.contiguous(), plain, "gelu", 3, False)
+    assert_same("dx", kernels.input_grad_triton(dy, planes, "gelu", 3, channels_last), expected)
+    assert_same("dx", kernels.input_grad_triton(dy.contiguous(), planes, "gelu", 3, channels_last), expected)
 
 
 @pytest.mark.parametrize("function", TABLES)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_the_fused_output_is_that_of_inverted(device, dtype, function):
     x = 3 * torch.randn(1000, device=device).to(dtype)
-    y, planes = few_bit.forward_triton(x, function, 4)
-    assert_same("y", y, inverted.forward_triton(x, function)[0])
+    y, planes = kernels.forward_triton(x, function, 4)
+    assert_same("y", y, inverted_forward_triton(x, function)[0])
     assert_same("planes", planes, code_of(x, function, 4))
 
 
 OPS = {
-    "encode": (few_bit._encode, lambda x: (x, "silu", 2, is_channels_last(x))),
-    "forward": (few_bit._forward, lambda x: (x, "gelu_tanh", 4, is_channels_last(x))),
+    "encode": (op._encode, lambda x: (x, "silu", 2, is_channels_last(x))),
+    "forward": (op._forward, lambda x: (x, "gelu_tanh", 4, is_channels_last(x))),
     "input_grad": (
-        few_bit._input_grad,
-        lambda x: (torch.ones_like(x), few_bit.encode(x, "gelu", 3), "gelu", 3, is_channels_last(x)),
+        op._input_grad,
+        lambda x: (torch.ones_like(x), op.encode(x, "gelu", 3), "gelu", 3, is_channels_last(x)),
     ),
 }
 
@@ -155,10 +156,10 @@ def test_past_two_to_the_31_elements():
     x = torch.empty(n, dtype=torch.float16)
     x[-4096:] = torch.randn(4096)
     with last_program_only():
-        code = few_bit.encode_triton(x, "gelu", 3)
-    planes, nans = few_bit.planes_of(code, n, 3)
+        code = kernels.encode_triton(x, "gelu", 3)
+    planes, nans = reference.planes_of(code, n, 3)
     assert not nans[-4:].any()
-    last, _ = few_bit.planes_of(code_of(x[-128:], "gelu", 3), 128, 3)
+    last, _ = reference.planes_of(code_of(x[-128:], "gelu", 3), 128, 3)
     assert_same("planes", planes[:, -16:], last)
 
 
@@ -166,10 +167,10 @@ def test_past_two_to_the_31_elements():
 def test_on_a_device_past_two_to_the_31_elements():
     n = 2**31 + 4096
     x = torch.randn(n, dtype=torch.float16, device="cuda")
-    _, code = few_bit.forward_triton(x, "gelu", 3)
-    planes, _ = few_bit.planes_of(code, n, 3)
-    last, _ = few_bit.planes_of(code_of(x[-128:], "gelu", 3), 128, 3)
+    _, code = kernels.forward_triton(x, "gelu", 3)
+    planes, _ = reference.planes_of(code, n, 3)
+    last, _ = reference.planes_of(code_of(x[-128:], "gelu", 3), 128, 3)
     assert_same("planes", planes[:, -16:], last)
-    dx = few_bit.input_grad_triton(x, code, "gelu", 3, False)
-    expected = few_bit.input_grad_reference(x[-128:], code_of(x[-128:], "gelu", 3), "gelu", 3, False)
+    dx = kernels.input_grad_triton(x, code, "gelu", 3, False)
+    expected = reference.input_grad_reference(x[-128:], code_of(x[-128:], "gelu", 3), "gelu", 3, False)
     assert_same("dx", dx[-128:], expected)

@@ -8,15 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from actpress.kernels.common import compare
-from actpress.kernels.inverted import (
-    DECODERS,
-    FITS,
-    FUNCTIONS,
-    decoded_by,
-    derivative_reference,
-    input_grad_reference,
-    left_reference,
-)
+from actpress.kernels.inverted import DECODERS, FITS, FUNCTIONS, decoded_by
+from actpress.kernels.inverted.reference import derivative_reference, input_grad_reference, left_reference
 from actpress.measure import derivatives
 from actpress.methods.inverted import FromOutput
 from paths import ROOT

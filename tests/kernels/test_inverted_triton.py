@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpress
-from actpress.kernels import inverted
 from actpress.kernels.common import launch
 from actpress.kernels.common.launch import triton
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.inverted import FUNCTIONS
+from actpress.kernels.inverted import DECODERS, FITS, FUNCTIONS, cases, op, reference
+from actpress.kernels.inverted import triton as kernels
+from actpress.kernels.masks import pack_mask_reference
 from actpress.layers import activation
 from actpress.measure import derivatives
 from actpress.methods import FewBit, Inverted
@@ -26,10 +27,10 @@ from derivative_limits import LIMITS
 from devices import BACKENDS, DEVICES, INTERPRETED, assert_close, assert_same, last_program_only, mimic_gpu, traffic
 
 SIZES = [(0,), (1,), (7,), (8,), (63,), (4097,), (3, 5, 7), (2, 5, 7, 9)]
-LARGE = {"GROUPS": 16384} if INTERPRETED else inverted.CONFIGS[0]  # few programs, for the interpreter
+LARGE = {"GROUPS": 16384} if INTERPRETED else kernels.CONFIGS[0]  # few programs, for the interpreter
 OFF_BY = {"create_sqrt": 2**-23, "create_rsqrt": 2**-22.9, "create_exp2": 2**-22}  # PTX ISA: largest relative errors
 LOG_OFF_BY = 2**-22  # absolute between 1/2 and 2, relative elsewhere
-CASES = {case.name: case for case in inverted.cases()}
+CASES = {case.name: case for case in cases.cases()}
 EXACT = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -81,29 +82,29 @@ def every(dtype, device):
 def derivative(y, left, function):
     """d(y, left) of the kernel in fp32, by an upstream of ones in fp32: y's dtype and dy's may differ."""
     ones = torch.ones(y.shape, device=y.device)
-    packed = inverted.pack_mask_reference(left)
-    return inverted.input_grad_triton(ones, y, packed, function, False, LARGE)
+    packed = pack_mask_reference(left)
+    return kernels.input_grad_triton(ones, y, packed, function, False, LARGE)
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_sizes(device, dtype, shape):
     x, dy = torch.randn(2, *shape, device=device).to(dtype)
-    y, packed = inverted.forward_triton(x, "silu")
-    assert_same("bits", packed, inverted.left_bits_reference(x, "silu"))
-    assert_same("bits alone", inverted.left_bits_triton(x, "silu"), packed)
+    y, packed = kernels.forward_triton(x, "silu")
+    assert_same("bits", packed, reference.left_bits_reference(x, "silu"))
+    assert_same("bits alone", kernels.left_bits_triton(x, "silu"), packed)
     assert y.shape == x.shape and y.dtype == dtype
     # one rounding, and the last bits of sigmoid
     torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    dx = inverted.input_grad_triton(dy, y, packed, "silu", False)
-    expected = inverted.input_grad_from_bits_reference(dy, y, packed, "silu", False)
+    dx = kernels.input_grad_triton(dy, y, packed, "silu", False)
+    expected = reference.input_grad_from_bits_reference(dy, y, packed, "silu", False)
     assert dx.shape == x.shape and dx.dtype == dtype
     torch.testing.assert_close(dx, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)  # atol: see input_grad_triton
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
-@pytest.mark.parametrize("config", inverted.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=str)
 def test_configurations(config, device, dtype, name):
     case = CASES[name]
     inputs = case.tiny(dtype, device)
@@ -134,16 +135,16 @@ def test_any_strides(device, dtype, strides):
         }[strides]
 
     x, dy = (view(torch.randn(2, 6, 5, 7, device=device).to(dtype)) for _ in range(2))
-    y, packed = inverted.forward_triton(x, "gelu")
+    y, packed = kernels.forward_triton(x, "gelu")
     channels_last = is_channels_last(x)
     assert is_channels_last(y) == channels_last
-    assert_same("bits", packed, inverted.left_bits_reference(x, "gelu"))
-    assert_same("bits alone", inverted.left_bits_triton(x, "gelu"), packed)
-    plain = inverted.left_bits_reference(x.contiguous(), "gelu")
-    expected = inverted.input_grad_triton(dy.contiguous(), y.contiguous(), plain, "gelu", False)
-    assert_same("dx", inverted.input_grad_triton(dy, y, packed, "gelu", channels_last), expected)
+    assert_same("bits", packed, reference.left_bits_reference(x, "gelu"))
+    assert_same("bits alone", kernels.left_bits_triton(x, "gelu"), packed)
+    plain = reference.left_bits_reference(x.contiguous(), "gelu")
+    expected = kernels.input_grad_triton(dy.contiguous(), y.contiguous(), plain, "gelu", False)
+    assert_same("dx", kernels.input_grad_triton(dy, y, packed, "gelu", channels_last), expected)
     assert_same(
-        "dx", inverted.input_grad_triton(dy.contiguous(), y.contiguous(), packed, "gelu", channels_last), expected
+        "dx", kernels.input_grad_triton(dy.contiguous(), y.contiguous(), packed, "gelu", channels_last), expected
     )
 
 
@@ -152,7 +153,7 @@ def test_any_strides(device, dtype, strides):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bits_of_every_16_bit_input(device, function, dtype):
     x = every(dtype, device)
-    assert_same("bits", inverted.left_bits_triton(x, function, LARGE), inverted.left_bits_reference(x, function))
+    assert_same("bits", kernels.left_bits_triton(x, function, LARGE), reference.left_bits_reference(x, function))
 
 
 @pytest.mark.quick(7, "*-bf16", "*-fp16")
@@ -163,9 +164,9 @@ def test_error_over_every_input(device, variant, dtype):
     """Within what the reference promises, with stock's output."""
     compute, function, _ = activation.VARIANTS[variant]
     x = derivatives.inputs(function, dtype)
-    y, left = compute(x).to(device), inverted.left_reference(x, function).to(device)
+    y, left = compute(x).to(device), reference.left_reference(x, function).to(device)
     found = derivative(y, left, function)
-    from_reference = (found - inverted.derivative_reference(y, left, function)).abs().max()
+    from_reference = (found - reference.derivative_reference(y, left, function)).abs().max()
     assert from_reference <= (2e-6 if dtype == "fp32" else 2e-4)  # as input_grad_triton says
     most, rms = measured(x, found.cpu(), function)
     assert most <= LIMITS[variant, dtype][0] and rms <= LIMITS[variant, dtype][1], f"max {most:.3e}, rms {rms:.3e}"
@@ -187,16 +188,14 @@ def test_fused_forward_over_every_input(device, function, dtype):
     if dtype == "bf16":
         x = x[(x == 0) | (x.float().abs() >= torch.finfo(torch.bfloat16).tiny)]
     x = x.to(device)
-    unrounded, packed = torch.empty(x.shape, device=device), inverted.left_bits_reference(x, function).fill_(255)
-    constants = {"FUNCTION": function, "THRESHOLD": inverted._THRESHOLDS[function, x.dtype]}
-    launch.run(
-        inverted._forward_kernel, inverted._grid(x, LARGE), x, unrounded, packed, x.numel(), **constants, **LARGE
-    )
-    assert_same("bits", packed, inverted.left_bits_reference(x, function))
+    unrounded, packed = torch.empty(x.shape, device=device), reference.left_bits_reference(x, function).fill_(255)
+    constants = {"FUNCTION": function, "THRESHOLD": reference.THRESHOLDS[function, x.dtype]}
+    launch.run(kernels._forward_kernel, kernels._grid(x, LARGE), x, unrounded, packed, x.numel(), **constants, **LARGE)
+    assert_same("bits", packed, reference.left_bits_reference(x, function))
     exact = torch.special.ndtr(x.double()) * x.double() if function == "gelu" else EXACT[function](x.double())
     assert ((unrounded.double() - exact).abs() <= 1e-6 * x.double().abs()).all()  # as forward_triton says
     y = unrounded.to(x.dtype)
-    d = derivative(y, inverted.left_reference(x, function), function)
+    d = derivative(y, reference.left_reference(x, function), function)
     most, rms = measured(x.cpu(), d.cpu(), function)
     limits = (
         (3.2e-4, 3.1e-6) if dtype == "fp32" else LIMITS[function, dtype]
@@ -206,21 +205,21 @@ def test_fused_forward_over_every_input(device, function, dtype):
 
 @pytest.mark.quick(6)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("function", [key for key in inverted.FITS if ":" in key])
+@pytest.mark.parametrize("function", [key for key in FITS if ":" in key])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("worst_case")
 def test_other_decoders(device, function, dtype):
     """The reference's derivative, as input_grad_triton says, over every input."""
     stock = function.partition(":")[0]
     x = derivatives.inputs(stock, dtype)
-    y, left = inverted.STOCK[stock](x).to(device), inverted.left_reference(x, stock).to(device)
-    found, expected = derivative(y, left, function), inverted.derivative_reference(y, left, function)
+    y, left = reference.STOCK[stock](x).to(device), reference.left_reference(x, stock).to(device)
+    found, expected = derivative(y, left, function), reference.derivative_reference(y, left, function)
     assert (found - expected).abs().max() <= (2e-6 if dtype == "fp32" else 2e-4)
 
 
 @pytest.mark.quick(8)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("function", inverted.FITS)
+@pytest.mark.parametrize("function", FITS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("worst_case")
 def test_no_16_bit_output_gives_nan(device, function, dtype):
@@ -235,7 +234,7 @@ def test_no_16_bit_output_gives_nan(device, function, dtype):
 @pytest.mark.usefixtures("worst_case")
 def test_fp32_outputs_of_every_size(device, function):
     """Near the minimum, near saturation, zeros, tiny and huge: finite, and the reference's where the function has such an output."""
-    fit = inverted.FITS[function]
+    fit = FITS[function]
     tops = torch.tensor([fit.y_min / fit.scale, fit.y_min / 2 / fit.scale, fit.saturation / fit.scale]).view(
         torch.int32
     )
@@ -244,10 +243,10 @@ def test_fp32_outputs_of_every_size(device, function):
     y = torch.cat([torch.tensor([0.0, -0.0]), around, powers, -powers]).to(device)
     for left in (True, False):
         side = torch.full(y.shape, left, device=device)
-        ours, reference = derivative(y, side, function), inverted.derivative_reference(y, side, function)
+        ours, expected = derivative(y, side, function), reference.derivative_reference(y, side, function)
         assert ours.isfinite().all()
         reached = (y * fit.scale >= fit.y_min) & ((y <= 0) | (not left))
-        assert (ours - reference)[reached].abs().max() <= 2e-6  # as input_grad_triton says
+        assert (ours - expected)[reached].abs().max() <= 2e-6  # as input_grad_triton says
 
 
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -256,15 +255,15 @@ def test_not_a_number_stays_one(left, device, dtype):
     y = torch.full((9,), torch.nan, dtype=dtype, device=device)
     for function in FUNCTIONS:
         assert derivative(y, torch.full(y.shape, left, device=device), function).isnan().all()
-        assert inverted.forward_triton(y, function)[0].isnan().all()
+        assert kernels.forward_triton(y, function)[0].isnan().all()
 
 
 OPS = {
-    "left_bits": (inverted._left_bits, lambda x: (x, "silu", is_channels_last(x))),
-    "forward": (inverted._forward, lambda x: (x, "gelu_tanh", is_channels_last(x))),
+    "left_bits": (op._left_bits, lambda x: (x, "silu", is_channels_last(x))),
+    "forward": (op._forward, lambda x: (x, "gelu_tanh", is_channels_last(x))),
     "input_grad": (
-        inverted._input_grad,
-        lambda x: (torch.ones_like(x), *inverted.forward_reference(x, "gelu"), "gelu", is_channels_last(x)),
+        op._input_grad,
+        lambda x: (torch.ones_like(x), *reference.forward_reference(x, "gelu"), "gelu", is_channels_last(x)),
     ),
 }
 
@@ -332,7 +331,7 @@ def test_decoders_to_choose_from():
     with pytest.raises(ValueError, match=r"decoder='cheap', allowed: fine, medium, coarse"):
         Inverted(decoder="cheap")
     x, found = torch.randn(1000, dtype=torch.float32), []
-    for decoder in inverted.DECODERS:
+    for decoder in DECODERS:
         leaf = x.clone().requires_grad_()
         activation.activate(leaf * 1, "gelu", Inverted(decoder=decoder).codec).sum().backward()
         found.append((leaf.grad.double() - derivatives.slope(x.double(), "gelu")).square().mean().item())
@@ -346,16 +345,16 @@ def test_past_two_to_the_31_elements():
     x = torch.empty(n, dtype=torch.float16)
     x[-4096:] = torch.randn(4096)
     with last_program_only():
-        packed = inverted.left_bits_triton(x, "gelu")
-    assert_same("bits", packed[-16:], inverted.left_bits_reference(x[-128:], "gelu"))
+        packed = kernels.left_bits_triton(x, "gelu")
+    assert_same("bits", packed[-16:], reference.left_bits_reference(x[-128:], "gelu"))
 
 
 @pytest.mark.gpu
 def test_on_a_device_past_two_to_the_31_elements():
     n = 2**31 + 4096
     x = torch.randn(n, dtype=torch.float16, device="cuda")
-    y, packed = inverted.forward_triton(x, "gelu")
-    assert_same("bits", packed[-16:], inverted.left_bits_reference(x[-128:], "gelu"))
-    dx = inverted.input_grad_triton(x, y, packed, "gelu", False)
-    expected = inverted.input_grad_from_bits_reference(x[-128:], y[-128:], packed[-16:], "gelu", False)
+    y, packed = kernels.forward_triton(x, "gelu")
+    assert_same("bits", packed[-16:], reference.left_bits_reference(x[-128:], "gelu"))
+    dx = kernels.input_grad_triton(x, y, packed, "gelu", False)
+    expected = reference.input_grad_from_bits_reference(x[-128:], y[-128:], packed[-16:], "gelu", False)
     assert_close("dx", dx[-128:], expected, 1e-3)

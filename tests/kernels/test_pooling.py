@@ -7,8 +7,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from actpress.codec import Context, Conv, Like, convolution_backward
-from actpress.kernels.pooling import conv2d_weight_grad_reference, pool_max, pool_reference, upsample_reference
-from actpress.kernels.pooling.product import by_decoding, by_smaller, conv2d_weight_grad_composed, smaller_axes
+from actpress.kernels.common.geometry import ConvGeometry
+from actpress.kernels.pooling.composed import by_decoding, by_smaller, conv2d_weight_grad_composed, smaller_axes
+from actpress.kernels.pooling.reference import (
+    PooledConv,
+    conv2d_weight_grad_reference,
+    pool_max,
+    pool_reference,
+    upsample_reference,
+)
 from actpress.methods.pooling import PoolingCodec
 
 # (channels in, out, kernel, stride, padding, dilation, groups)
@@ -49,7 +56,7 @@ def inputs(conv, size, block, align, dtype=torch.float64):
     weight = torch.randn(out, channels // groups, *kernel, dtype=dtype, requires_grad=True)
     y = F.conv2d(upsampled, weight, None, stride, padding, dilation, groups)
     dy = torch.randn_like(y)
-    geometry = size[1:], weight.shape, stride, padding, dilation, groups, block, align
+    geometry = PooledConv(ConvGeometry(weight.shape, stride, padding, dilation, groups), size[1:], block, align)
     return pooled, dy, geometry, torch.autograd.grad(y, weight, dy)[0]
 
 
@@ -64,7 +71,7 @@ def assert_exact(name, got, expected):
 @pytest.mark.parametrize("name", CONVS)
 def test_weight_gradient_is_that_of_the_upsampled_map(name, size, block, align):
     pooled, dy, geometry, expected = inputs(CONVS[name], size, block, align)
-    assert_exact("dW", conv2d_weight_grad_reference(pooled, dy, *geometry), expected)
+    assert_exact("dW", conv2d_weight_grad_reference(pooled, dy, geometry), expected)
 
 
 @pytest.mark.quick(60)
@@ -77,18 +84,18 @@ def test_every_way_to_the_weight_gradient_is_exact(name, size, block, align):
     reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(conv[2], conv[4], conv[5], strict=True)]
     size = (size[0], *(max(length, least) for length, least in zip(size[1:], reach, strict=True)))
     pooled, dy, geometry, expected = inputs(conv, size, block, align)
-    assert_exact("decoded", by_decoding(pooled, dy, *geometry), expected)
-    assert_exact("chosen", conv2d_weight_grad_composed(pooled, dy, *geometry), expected)
-    axes = smaller_axes(dy, *geometry)
+    assert_exact("decoded", by_decoding(pooled, dy, geometry), expected)
+    assert_exact("chosen", conv2d_weight_grad_composed(pooled, dy, geometry), expected)
+    axes = smaller_axes(dy, geometry)
     if axes is not None:
-        assert_exact("smaller", by_smaller(pooled, dy, axes, geometry[1], geometry[5]), expected)
+        assert_exact("smaller", by_smaller(pooled, dy, axes, geometry), expected)
 
 
 @pytest.mark.parametrize("name", ["1x1 stride 2", "4x4 patches", "12x12 patches", "stride 4", "depthwise patches"])
 def test_blocks_that_divide_the_stride_make_a_smaller_convolution(name):
     conv = CONVS.get(name) or WAYS[name]
     _, dy, geometry, _ = inputs(conv, (1, 24, 24), 2, "ceil")
-    rows, columns = smaller_axes(dy, *geometry)
+    rows, columns = smaller_axes(dy, geometry)
     least = -(-conv[2][0] // 2) + (name == "depthwise patches")  # padded by 1, a tap more
     assert rows.taps == columns.taps == least
 
@@ -113,12 +120,12 @@ def test_no_convolution_costs_much_more_than_stock(name, block):
     long as 50 multiply-adds, within three times what stock does and reads."""
     conv = CONVS.get(name) or WAYS[name]
     pooled, dy, geometry, _ = inputs(conv, (2, 48, 48), block, "ceil", torch.float32)
-    _, weight_shape, *rest = geometry
+    weight_shape = geometry.conv.weight_shape
     x = torch.randn(2, conv[0], 48, 48)
     with FlopCounterMode(display=False) as stock:
-        convolution_backward(dy, x, torch.empty(weight_shape), Conv(weight_shape, *rest[:-2]), (False, True, False))
+        convolution_backward(dy, x, torch.empty(weight_shape), geometry.conv, (False, True, False))
     with FlopCounterMode(display=False) as ours, Written() as written:
-        conv2d_weight_grad_composed(pooled, dy, *geometry)
+        conv2d_weight_grad_composed(pooled, dy, geometry)
     assert ours.get_total_flops() <= stock.get_total_flops()
     moved = x.numel() + dy.numel() + weight_shape.numel()
     assert ours.get_total_flops() / 2 + 50 * written.elements <= 3 * (stock.get_total_flops() / 2 + 50 * moved)
@@ -172,17 +179,11 @@ def test_aligned_blocks_keep_the_gradient_of_smooth_maps_better_than_floor_mode(
     y = F.conv2d(fine, weight, padding=1)
     dy = F.interpolate(torch.randn(16, 8, 4, 4), size=y.shape[2:], mode="bicubic", align_corners=True)
     (exact,) = torch.autograd.grad(y, weight, dy)
-    conv = (weight.shape, (1, 1), (1, 1), (1, 1), 1)
-    cosine = {
-        align: F.cosine_similarity(
-            conv2d_weight_grad_reference(
-                pool_reference(fine, block, align), dy, (size, size), *conv, block, align
-            ).flatten(),
-            exact.flatten(),
-            dim=0,
-        )
-        for align in ("ceil", "authors")
-    }
+    conv, cosine = ConvGeometry(weight.shape, (1, 1), (1, 1), (1, 1), 1), {}
+    for align in ("ceil", "authors"):
+        geometry = PooledConv(conv, (size, size), block, align)
+        dw = conv2d_weight_grad_reference(pool_reference(fine, block, align), dy, geometry)
+        cosine[align] = F.cosine_similarity(dw.flatten(), exact.flatten(), dim=0)
     assert cosine["ceil"] > cosine["authors"]
 
 

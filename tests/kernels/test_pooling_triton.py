@@ -7,9 +7,12 @@ from torch.nn import functional as F
 import actpress
 from actpress.kernels import pooling
 from actpress.kernels.common import launch
-from actpress.kernels.pooling import conv2d_weight_grad_reference, convolution, pool_reference, pool_triton, taps
-from actpress.kernels.pooling.convolution import conv2d_weight_grad_triton, plan_of
-from actpress.kernels.pooling.product import conv2d_weight_grad_composed
+from actpress.kernels.common.geometry import ConvGeometry
+from actpress.kernels.pooling import cases, op, plan, triton_taps
+from actpress.kernels.pooling.composed import conv2d_weight_grad_composed
+from actpress.kernels.pooling.plan import Belongs, plan_of
+from actpress.kernels.pooling.reference import ConvAxis, PooledConv, conv2d_weight_grad_reference, pool_reference
+from actpress.kernels.pooling.triton import CONFIGS, conv2d_weight_grad_triton, pool_triton
 from actpress.methods.pooling import PoolingCodec
 from devices import BACKENDS, assert_close, assert_same, last_program_only, mimic_gpu, traffic
 
@@ -46,8 +49,8 @@ def inputs(name, block, align, device, dtype, memory_format=torch.contiguous_for
         x.to("meta"), torch.empty(o, i // groups, *kernel, device="meta", dtype=dtype), None, *conv, groups
     ).shape
     dy = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
-    geometry = tuple(size), torch.Size((o, i // groups, *kernel)), *conv, groups, block, align
-    return pool_reference(x, block, align), dy, *geometry
+    geometry = ConvGeometry(torch.Size((o, i // groups, *kernel)), *conv, groups)
+    return pool_reference(x, block, align), dy, PooledConv(geometry, tuple(size), block, align)
 
 
 @pytest.mark.quick(10)
@@ -66,7 +69,7 @@ def test_pool(shape, block, device, dtype):
             assert_close(f"p(x) {align} {words}", ours, reference, 1e-6 if dtype == torch.float32 else 1e-4)
 
 
-@pytest.mark.parametrize("config", pooling.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_pool_in_every_configuration(config, memory_format, device, dtype):
@@ -97,9 +100,9 @@ def test_pool_keeps_infinities_and_nan():
 def test_weight_gradient(name, block, device, dtype):
     for align in pooling.ALIGN:
         for words, memory_format in FORMATS.items():
-            pooled, dy, *geometry = inputs(name, block, align, device, dtype, memory_format)
-            ours, _ = conv2d_weight_grad_triton(pooled, dy, *geometry, config=SMALL)
-            exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), *geometry)
+            pooled, dy, geometry = inputs(name, block, align, device, dtype, memory_format)
+            ours, _ = conv2d_weight_grad_triton(pooled, dy, geometry, config=SMALL)
+            exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), geometry)
             assert (ours.dtype, ours.is_contiguous()) == (dtype, True)
             assert_close(f"dW {align} {words}", ours, exact, TOLERANCE[dtype])
 
@@ -109,16 +112,14 @@ def test_weight_gradient(name, block, device, dtype):
 @pytest.mark.parametrize("name", CONVS)
 def test_the_sums_that_are_planned_are_those_of_the_rule(name, block, align):
     """Windows and their tables against the rule, of every axis that the kernel could be asked for; nothing is run."""
-    _, _, kernel, stride, padding, dilation, _ = CONVS[name]
+    _, _, (taps, _), (stride, _), (padding, _), (dilation, _), _ = CONVS[name]
     for length in (7, 9, 13, 14):
-        outputs = (length + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+        outputs = (length + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        conv = ConvAxis(outputs, length, taps, stride, padding, dilation, min(block, length), align)
         for spread in (False, True):
-            geometry = kernel[0], stride[0], padding[0], dilation[0], block, align, spread
-            axis, stands_for = taps.axis_of(outputs, length, *geometry)
-            belongs, count = taps.belongs_reference(axis), len(axis.offsets)
-            met = pooling.blocks_met(
-                outputs, length, 0, stride[0], padding[0], dilation[0], block, align, torch.device("cpu")
-            )
+            axis, stands_for = plan.axis_of(conv, spread)
+            belongs, count = plan.belongs_reference(axis), len(axis.offsets)
+            met = conv.blocks_met(0, torch.device("cpu"))
             assert torch.equal(belongs[stands_for[0]].any(0 if not spread else 1), met >= 0)
             found = torch.zeros_like(belongs)
             for u in range(axis.written):
@@ -126,24 +127,25 @@ def test_the_sums_that_are_planned_are_those_of_the_rule(name, block, align):
                     v = (axis.up * u + axis.start) // axis.down - axis.bias + m
                     for tap in range(count) if 0 <= v < axis.read else ():
                         entry = axis.meets[k * count + tap]
-                        found[tap, u, v] = bool(belongs[tap, u, v]) if entry == 2 else entry > 0
+                        checked = entry == Belongs.SOMETIMES
+                        found[tap, u, v] = bool(belongs[tap, u, v]) if checked else entry != Belongs.NEVER
             assert (axis.up * 0 + axis.start) >= 0 and torch.equal(found, belongs)
 
 
 @pytest.mark.quick(6)
-@pytest.mark.parametrize("config", taps.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", triton_taps.CONFIGS, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", ["3x3", "grouped stem"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_what_taps_meet_in_every_configuration(name, memory_format, config, device, dtype):
-    pooled, dy, *geometry = inputs(name, 2, "ceil", device, dtype, memory_format)
-    plan, groups = plan_of(pooled, dy, *geometry), geometry[5]
-    assert plan.spread == (name == "grouped stem")
-    read = pooled if plan.spread else dy
-    ours = taps.met_triton(read, plan.rows, plan.columns, groups, plan.order, config)
-    exact = taps.met_reference(read.double(), plan.rows, plan.columns, groups)
+    pooled, dy, geometry = inputs(name, 2, "ceil", device, dtype, memory_format)
+    chosen, groups = plan_of(pooled, dy, geometry), geometry.conv.groups
+    assert chosen.spread == (name == "grouped stem")
+    read = pooled if chosen.spread else dy
+    ours = triton_taps.met_triton(read, chosen.rows, chosen.columns, groups, chosen.order, config)
+    exact = plan.met_reference(read.double(), chosen.rows, chosen.columns, groups)
     assert_close("S", ours, exact, TOLERANCE[dtype])
-    assert ours.permute(taps.ORDERS[plan.order]).is_contiguous()
+    assert ours.permute(triton_taps.ORDERS[chosen.order]).is_contiguous()
 
 
 @pytest.mark.quick(6)
@@ -151,41 +153,41 @@ def test_what_taps_meet_in_every_configuration(name, memory_format, config, devi
 @pytest.mark.parametrize("name", ["3x3", "grouped stem", "1x1 stride 2"])
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_weight_gradient_from_any_strides(name, strides, device, dtype):
-    pooled, dy, *geometry = inputs(name, 2, "ceil", device, dtype)
+    pooled, dy, geometry = inputs(name, 2, "ceil", device, dtype)
     dy = {
         "transposed": dy.mT.contiguous().mT,
         "every other": torch.stack([dy, dy], 2).flatten(1, 2)[:, ::2],
         "expanded": dy[..., :1].expand(dy.shape),
         "mixed formats": dy.contiguous(memory_format=torch.channels_last),
     }[strides]
-    ours, _ = conv2d_weight_grad_triton(pooled, dy, *geometry, config=SMALL)
-    exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), *geometry)
+    ours, _ = conv2d_weight_grad_triton(pooled, dy, geometry, config=SMALL)
+    exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), geometry)
     assert_close("dW", ours, exact, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("align", pooling.ALIGN)
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "dilated"])
 def test_what_no_tap_meets_does_not_reach_the_gradient(name, align):
-    pooled, dy, *geometry = inputs(name, 2, align, "cpu", torch.float32)
+    pooled, dy, geometry = inputs(name, 2, align, "cpu", torch.float32)
     dy[:, 1, 0, 0], dy[:, 0, 2, 3] = torch.nan, torch.inf
-    ours, _ = conv2d_weight_grad_triton(pooled, dy, *geometry, config=SMALL)
-    expected = conv2d_weight_grad_reference(pooled, dy, *geometry)
+    ours, _ = conv2d_weight_grad_triton(pooled, dy, geometry, config=SMALL)
+    expected = conv2d_weight_grad_reference(pooled, dy, geometry)
     assert_same("finite", ours.isfinite(), expected.isfinite())
 
 
 def test_gradient_of_nothing_is_zero():
-    pooled, dy, *geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
-    ours, _ = conv2d_weight_grad_triton(pooled[:0], dy[:0], *geometry)
-    assert_same("dW", ours, torch.zeros(geometry[1]))
+    pooled, dy, geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
+    ours, _ = conv2d_weight_grad_triton(pooled[:0], dy[:0], geometry)
+    assert_same("dW", ours, torch.zeros(geometry.conv.weight_shape))
 
 
 def test_resnet_takes_the_cheaper_operand():
     """Operand and distinct taps of ResNet-50's convolutions for blocks of 2."""
     plans = {}
-    for case in convolution.cases():
+    for case in cases.weight_grad_cases():
         _, *arguments = case.make(torch.bfloat16, "meta")
-        plan = plan_of(*arguments)
-        plans[case.name.removeprefix("pooled_dw_")] = ("spread" if plan.spread else "sums", plan.taps, plan.kept)
+        chosen = plan_of(*arguments)
+        plans[case.name.removeprefix("pooled_dw_")] = ("spread" if chosen.spread else "sums", chosen.taps, chosen.kept)
     assert plans["3x3_64_at_56"] == plans["3x3_64_at_56_channels_last"] == ("sums", 9, False)
     assert plans["1x1_64_256_at_56"] == plans["1x1_256_64_at_56"] == ("sums", 1, False)
     assert plans["3x3_stride_2_128_at_56"] == ("sums", 4, False)
@@ -221,30 +223,31 @@ def test_taps_move_what_they_declare(channels, kernel, stride, size, block, memo
     x = torch.randn(2, channels[0], *size).contiguous(memory_format=memory_format)
     dy = F.conv2d(x, torch.randn(channels[1], channels[0], kernel, kernel), None, stride, kernel // 2)
     dy = dy.contiguous(memory_format=memory_format)
-    conv = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+    weight_shape = torch.Size((*channels[::-1], kernel, kernel))
+    conv = ConvGeometry(weight_shape, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
     pooled = pool_reference(x, block, "ceil")
-    plan = plan_of(pooled, dy, size, (*channels[::-1], kernel, kernel), *conv, 1, block, "ceil")
-    arguments = pooled if plan.spread else dy, plan.rows, plan.columns, 1, plan.order
+    chosen = plan_of(pooled, dy, PooledConv(conv, size, block, "ceil"))
+    arguments = pooled if chosen.spread else dy, chosen.rows, chosen.columns, 1, chosen.order
     with traffic() as moved:
-        taps.met_triton(*arguments)
-    assert moved.total == taps.met_bytes(*arguments)
+        triton_taps.met_triton(*arguments)
+    assert moved.total == triton_taps.met_bytes(*arguments)
 
 
 def test_the_operations_are_well_formed():
-    pooled, dy, *geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
-    torch.library.opcheck(convolution._conv2d_weight_grad, (pooled, dy, *geometry))
+    pooled, dy, geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
+    torch.library.opcheck(op._conv2d_weight_grad, (pooled, dy, *geometry.numbers()))
     for memory_format in FORMATS.values():
         x = torch.randn(2, 3, 7, 9).contiguous(memory_format=memory_format)
-        torch.library.opcheck(pooling._pool, (x, 2, "ceil"))
-        torch.library.opcheck(pooling._pool, (x, 4, "authors"))
+        torch.library.opcheck(op._pool, (x, 2, "ceil"))
+        torch.library.opcheck(op._pool, (x, 4, "authors"))
 
 
 def test_the_operations_compile():
-    pooled, dy, *geometry = inputs("3x3 stride 2", 2, "ceil", "cpu", torch.float32)
+    pooled, dy, geometry = inputs("3x3 stride 2", 2, "ceil", "cpu", torch.float32)
     x = torch.randn(2, 5, 7, 9)
 
     def both(x, pooled, dy):
-        return pooling._pool(x, 2, "ceil"), convolution._conv2d_weight_grad(pooled, dy, *geometry)
+        return op._pool(x, 2, "ceil"), op._conv2d_weight_grad(pooled, dy, *geometry.numbers())
 
     for name, ours, eager in zip(
         ("p(x)", "dW"), torch.compile(both, fullgraph=True)(x, pooled, dy), both(x, pooled, dy), strict=True
@@ -253,17 +256,17 @@ def test_the_operations_compile():
 
 
 def test_a_cpu_takes_no_kernel_and_the_codec_asks_the_public_functions(monkeypatch):
-    pooled, dy, *geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
-    x, expected = torch.randn(2, 5, 7, 9), conv2d_weight_grad_composed(pooled, dy, *geometry)
+    pooled, dy, geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
+    x, expected = torch.randn(2, 5, 7, 9), conv2d_weight_grad_composed(pooled, dy, geometry)
     assert_same("p(x)", pooling.pool(x, 2, "ceil"), pool_reference(x, 2, "ceil"))
     with launch.recorded() as launches:
-        assert_same("dW", convolution.conv2d_weight_grad(pooled, dy, *geometry), expected)
+        assert_same("dW", pooling.conv2d_weight_grad(pooled, dy, geometry), expected)
     assert not launches
     mimic_gpu(monkeypatch)
     called = []
-    for module, name in ((pooling, "_pool"), (convolution, "_conv2d_weight_grad")):
-        op = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, op=op, name=name: called.append(name) or op(*given))
+    for name in ("_pool", "_conv2d_weight_grad"):
+        stock = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *given, stock=stock, name=name: called.append(name) or stock(*given))
     layer = torch.nn.Sequential(torch.nn.Conv2d(5, 6, 3))
     actpress.apply(layer, actpress.methods.Pooling(2))
     layer(x).sum().backward()
@@ -279,14 +282,14 @@ def test_many_taps_are_decoded_before_anything_is_launched(kernel, stride, group
     x, padding = torch.randn(1, 8, 32, 32), 0 if stride == kernel else kernel // 2
     weight_shape = torch.Size((8, 8 // groups, kernel, kernel))
     dy = torch.randn_like(F.conv2d(x, torch.zeros(weight_shape), None, stride, padding, 1, groups))
-    pair = (stride, stride), (padding, padding), (1, 1)
-    geometry = (32, 32), weight_shape, *pair, groups, block, "ceil"
+    conv = ConvGeometry(weight_shape, (stride, stride), (padding, padding), (1, 1), groups)
+    geometry = PooledConv(conv, (32, 32), block, "ceil")
     pooled = pool_reference(x, block, "ceil")
-    assert convolution.has_too_many_taps(pooled, dy, *geometry) == too_many
-    monkeypatch.setattr(convolution, "conv2d_weight_grad_triton", lambda *_: ("the kernel", None))
-    dw = convolution._on_cuda(pooled, dy, *geometry)
+    assert plan.has_too_many_taps(pooled, dy, geometry) == too_many
+    monkeypatch.setattr(op, "conv2d_weight_grad_triton", lambda *_: ("the kernel", None))
+    dw = op._on_cuda(pooled, dy, *geometry.numbers())
     if too_many:
-        exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), *geometry)
+        exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), geometry)
         assert_close("dW", dw, exact, 1e-6)  # sums of 1024 terms in fp32
     else:
         assert dw == "the kernel"
@@ -300,8 +303,8 @@ def test_past_two_to_the_31_elements():
     with last_program_only():
         y = pool_triton(x, 4, "ceil")
     assert_close("p(x)", y[-1, :, -1, -32:], pool_reference(x[-1:, :, -4:, -128:], 4, "ceil")[0, :, 0], 1e-3)
-    rows, _ = taps.axis_of(4096, 4096, 1, 1, 0, 1, 4, "ceil", False)
+    rows, _ = plan.axis_of(ConvAxis(4096, 4096, 1, 1, 0, 1, 4, "ceil"), False)
     with last_program_only():
-        met = taps.met_triton(x, rows, rows, 1, "taps")
+        met = triton_taps.met_triton(x, rows, rows, 1, "taps")
     ends = pool_reference(x[-1:, :, -128:, -128:].float(), 4, "ceil")[0] * 16
     assert_close("S", met[0, 0, :, -1, -32:, -32:], ends, 2**-11)  # S rounds to fp16

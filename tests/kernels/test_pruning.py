@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from actpress.kernels import pruning
-from actpress.kernels.pruning import (
+from actpress.kernels.pruning import reference
+from actpress.kernels.pruning.reference import (
     Blocks,
     block_grid,
     block_scores_reference,
@@ -125,7 +125,7 @@ def test_keeping_all_blocks_is_lossless(shape, dtype, select):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sparsity", [0.3, 0.8])
 def test_weight_gradient_is_that_of_the_dense_product(shape, block, chunk, sparsity, monkeypatch):
-    monkeypatch.setattr(pruning, "CHUNK", chunk)
+    monkeypatch.setattr(reference, "CHUNK", chunk)
     x, dy = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], 5, dtype=torch.float64)
     blocks, grid = encoded(x, block, sparsity)
     dw = weight_grad_reference(blocks, dy, grid)
@@ -175,7 +175,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_weight_gradient_never_builds_the_dense_input(monkeypatch):
-    monkeypatch.setattr(pruning, "CHUNK", 2**16)
+    monkeypatch.setattr(reference, "CHUNK", 2**16)
     x, dy = torch.randn(4096, 512), torch.randn(4096, 24)
     blocks, grid = encoded(x, sparsity=0.9)
     with Largest() as largest:

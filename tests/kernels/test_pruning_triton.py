@@ -6,16 +6,16 @@ import torch
 from actpress import layers
 from actpress.codec import Context
 from actpress.kernels.common.layout import dense
-from actpress.kernels.pruning import (
+from actpress.kernels.pruning import cases, op, triton_product
+from actpress.kernels.pruning import triton as kernels
+from actpress.kernels.pruning.reference import (
     Blocks,
     Grid,
     block_grid,
     block_scores_reference,
     decode_reference,
-    encode_decode,
     encode_reference,
     kept_blocks,
-    product,
     take_reference,
     weight_grad_reference,
 )
@@ -24,7 +24,7 @@ from devices import BACKENDS, DEVICES, INTERPRETED, assert_close, assert_same, l
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (63, 17), (197, 63), (3, 180)]
 BLOCKS = [(1, 1), (4, 4), (8, 8), (3, 5), (32, 32), (1, 384), (50, 7)]
-CONFIGS = {"tensor": product.TENSOR_CONFIGS, "exact": product.EXACT_CONFIGS}
+CONFIGS = {"tensor": triton_product.TENSOR_CONFIGS, "exact": triton_product.EXACT_CONFIGS}
 VIEWS = {
     "transposed": lambda x: x.transpose(1, 2),
     "every other column": lambda x: x[..., ::2],
@@ -42,7 +42,7 @@ def eighths(*shape, device="cpu", dtype=torch.float32):
 
 
 def kept_at_random(grid, sparsity, dtype, device):
-    blocks = encode_decode.random_blocks(grid, sparsity, dtype, device)
+    blocks = cases.random_blocks(grid, sparsity, dtype, device)
     zero = torch.zeros(grid.rows, grid.columns, dtype=dtype, device=device)  # zeros past the edge, as encode pads
     edge = take_reference(zero + 1, grid, blocks.index)
     return Blocks(blocks.values * edge, blocks.index)
@@ -62,11 +62,11 @@ def test_encode_and_decode(shape, block, device, dtype):
     grid = block_grid(x.shape, block)
     for name, noise in (("top-k", None), ("sample", torch.full((1,), 0.3, device=device))):
         kept = kept_blocks(grid, 0.7)
-        values, index = encode_decode.encode_by_kernels(x, grid.height, grid.width, kept, noise)
+        values, index = kernels.encode_by_kernels(x, grid.height, grid.width, kept, noise)
         expected = encode_reference(x, grid, kept, noise)
         assert_same(f"{name}: index", index, expected.index)
         assert_same(f"{name}: values", values, expected.values)
-        decoded = encode_decode.decode_triton(values, index, *shape)
+        decoded = kernels.decode_triton(values, index, *shape)
         assert_same(f"{name}: x~", decoded, decode_reference(expected, grid))
 
 
@@ -77,7 +77,7 @@ def test_encode_and_decode(shape, block, device, dtype):
 def test_encode_of_any_strides(block, view, device, dtype):
     x = VIEWS[view](eighths(3, 25, 22, device=device, dtype=dtype))
     grid = block_grid(x.shape, block)
-    values, index = encode_decode.encode_by_kernels(x, grid.height, grid.width, kept_blocks(grid, 0.6))
+    values, index = kernels.encode_by_kernels(x, grid.height, grid.width, kept_blocks(grid, 0.6))
     expected = encode_reference(x.reshape(-1, x.shape[-1]), grid, kept_blocks(grid, 0.6))
     assert_same("index", index, expected.index)
     assert_same("values", values, expected.values)
@@ -86,19 +86,19 @@ def test_encode_of_any_strides(block, view, device, dtype):
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_on_two_levels_are_not_copied(view):
     x = VIEWS[view](torch.randn(3, 25, 22))
-    seen, _ = encode_decode.matrix(x)
+    seen, _ = kernels.matrix(x)
     assert (seen is x) == (view != "three levels")
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("config", encode_decode.SCORES_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", kernels.SCORES_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_scores(device, dtype, config):
     rows = torch.randn(2, 70, 150, device=device).to(dtype)
     patches = rows.transpose(1, 2)
     for x, block in ((rows, (8, 8)), (rows, (1, 384)), (rows, (40, 3)), (patches, (8, 8)), (patches, (1, 64))):
         grid = block_grid(x.shape, block)
-        ours = encode_decode.block_scores_triton(x, grid, config)
+        ours = kernels.block_scores_triton(x, grid, config)
         expected = block_scores_reference(x.reshape(-1, grid.columns), grid)
         assert_close(f"scores of {block}", ours, expected, 3e-7)  # at most 150 fp32 terms, in another order
 
@@ -108,12 +108,12 @@ def test_scores(device, dtype, config):
 def test_what_is_not_finite_is_kept(device, dtype, value):
     x = eighths(20, 30, device=device, dtype=dtype)
     x[11, 22] = value
-    values, index = encode_decode.encode_by_kernels(x, 4, 4, 1)
+    values, index = kernels.encode_by_kernels(x, 4, 4, 1)
     assert index.tolist() == [2 * 8 + 5]
     assert_same("values", values, x[None, 8:12, 20:24])
 
 
-@pytest.mark.parametrize("config", encode_decode.TAKE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", kernels.TAKE_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_take(device, dtype, config):
     x = torch.randn(70, 150, device=device).to(dtype)
@@ -122,7 +122,7 @@ def test_take(device, dtype, config):
         index = kept_at_random(grid, 0.5, dtype, device).index
         weight = torch.rand(index.numel(), device=device) * 5
         for w in (None, weight):
-            ours = encode_decode.take_triton(x, grid, index, w, config)
+            ours = kernels.take_triton(x, grid, index, w, config)
             assert_same(f"blocks of {block}", ours, take_reference(x, grid, index, w))
 
 
@@ -135,18 +135,18 @@ def test_take_beyond_the_end_of_a_dtype(device, dtype):
     grid = block_grid(x.shape, (4, 4))
     index = torch.arange(grid.down * grid.across, dtype=torch.int32, device=device)
     weight = torch.rand(index.numel(), device=device) * 5
-    ours = encode_decode.take_triton(x, grid, index, weight)
+    ours = kernels.take_triton(x, grid, index, weight)
     assert_same("blocks", ours, take_reference(x, grid, index, weight))
     assert ours.isinf().any() and ours.isnan().any()
 
 
-@pytest.mark.parametrize("config", encode_decode.DECODE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", kernels.DECODE_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_decode(device, dtype, config):
     for block in ((8, 8), (1, 150), (40, 70), (3, 5)):
         grid = block_grid(torch.Size((70, 150)), block)
         blocks = kept_at_random(grid, 0.5, dtype, device)
-        ours = encode_decode.decode_triton(*blocks, 70, 150, config)
+        ours = kernels.decode_triton(*blocks, 70, 150, config)
         assert_same(f"x~ of {block}", ours, decode_reference(blocks, grid))
 
 
@@ -159,7 +159,7 @@ def test_weight_gradient(shape, block, sparsity, device, dtype):
     blocks = kept_at_random(grid, sparsity, dtype, device)
     dy = torch.randn(shape[0], 19, device=device).to(dtype)
     config = small(CONFIGS["exact" if dtype == torch.float32 else "tensor"][0])
-    ours = product.weight_grad_triton(*blocks, dy, shape[1], config)
+    ours = triton_product.weight_grad_triton(*blocks, dy, shape[1], config)
     assert ours.dtype == torch.float32
     check_weight_gradient(ours, blocks, dy, grid)
 
@@ -181,7 +181,7 @@ def test_weight_gradient_in_every_configuration(kind, position, block, device, d
     blocks = kept_at_random(grid, 0.7, dtype, device)
     dy = torch.randn(90, 128 if block == (8, 8) else 40, device=device).to(dtype)
     config = {**CONFIGS[kind][position], "PROGRAMS": 8}
-    check_weight_gradient(product.weight_grad_triton(*blocks, dy, 150, config), blocks, dy, grid)
+    check_weight_gradient(triton_product.weight_grad_triton(*blocks, dy, 150, config), blocks, dy, grid)
 
 
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -192,7 +192,7 @@ def test_weight_gradient_in_tf32(device, dtype):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        ours = product.weight_grad_triton(*blocks, dy, 150)
+        ours = triton_product.weight_grad_triton(*blocks, dy, 150)
     finally:
         torch.set_float32_matmul_precision(before)
     # Factors of fp32 are cut to 11 bits: up to 2^-10 of each.
@@ -216,8 +216,8 @@ def test_weight_gradient_of_any_strides(view, device, dtype):
     dy = DY[view](torch.randn(3, 25, 33, device=device).to(dtype))
     grid = Grid(75, 40, 8, 8)
     blocks = kept_at_random(grid, 0.5, dtype, device)
-    config = small(product.TENSOR_CONFIGS[0])
-    check_weight_gradient(product.weight_grad_triton(*blocks, dy, 40, config), blocks, dy, grid)
+    config = small(triton_product.TENSOR_CONFIGS[0])
+    check_weight_gradient(triton_product.weight_grad_triton(*blocks, dy, 40, config), blocks, dy, grid)
 
 
 @pytest.mark.quick(5)
@@ -231,8 +231,8 @@ def test_weight_gradient_where_blocks_gather(where, grouped, device, dtype):
     ones = torch.ones(90, 60, dtype=dtype, device=device)
     blocks = Blocks(take_reference(ones, grid, index).contiguous(), index)
     dy = torch.randn(90, 19, device=device).to(dtype)
-    config = small(product.TENSOR_CONFIGS[0], GROUPED=grouped)
-    check_weight_gradient(product.weight_grad_triton(*blocks, dy, 60, config), blocks, dy, grid)
+    config = small(triton_product.TENSOR_CONFIGS[0], GROUPED=grouped)
+    check_weight_gradient(triton_product.weight_grad_triton(*blocks, dy, 60, config), blocks, dy, grid)
 
 
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -241,7 +241,7 @@ def test_weight_gradient_shows_what_is_not_finite(device, dtype):
     blocks = kept_at_random(grid, 0.0, dtype, device)
     dy = torch.randn(40, 5, device=device).to(dtype)
     dy[3, 2] = torch.nan
-    ours = product.weight_grad_triton(*blocks, dy, 32, small(product.TENSOR_CONFIGS[0]))
+    ours = triton_product.weight_grad_triton(*blocks, dy, 32, small(triton_product.TENSOR_CONFIGS[0]))
     assert ours[2].isnan().all() and ours[[0, 1, 3, 4]].isfinite().all()
 
 
@@ -249,8 +249,8 @@ def test_weight_gradient_shows_what_is_not_finite(device, dtype):
 def test_weight_gradient_is_deterministic(device, dtype):
     grid = Grid(197, 63, 8, 8)
     blocks, dy = kept_at_random(grid, 0.6, dtype, device), torch.randn(197, 33, device=device).to(dtype)
-    config = small(product.TENSOR_CONFIGS[0])
-    first, second = (product.weight_grad_triton(*blocks, dy, 63, config) for _ in range(2))
+    config = small(triton_product.TENSOR_CONFIGS[0])
+    first, second = (triton_product.weight_grad_triton(*blocks, dy, 63, config) for _ in range(2))
     assert_same("dW", second, first)
 
 
@@ -259,8 +259,8 @@ def test_mixed_dtypes_and_no_outputs(device):
     grid = Grid(40, 32, 8, 8)
     blocks = kept_at_random(grid, 0.5, torch.float16, device)
     dy = torch.randn(40, 5, device=device)
-    check_weight_gradient(product.weight_grad_triton(*blocks, dy, 32), blocks, dy, grid)
-    assert product.weight_grad_triton(*blocks, dy[:, :0].half(), 32).shape == (0, 32)
+    check_weight_gradient(triton_product.weight_grad_triton(*blocks, dy, 32), blocks, dy, grid)
+    assert triton_product.weight_grad_triton(*blocks, dy[:, :0].half(), 32).shape == (0, 32)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="bytes are counted in the interpreter")
@@ -268,28 +268,28 @@ class TestTraffic:
     @pytest.mark.parametrize("block", [(4, 4), (8, 8), (1, 384)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_encode(self, block, dtype):
-        cases = {case.name: case for case in encode_decode.cases()}
+        named = {case.name: case for case in cases.cases()}
         for x in (torch.randn(64, 384).to(dtype), torch.randn(2, 32, 64).to(dtype).transpose(1, 2)):
             grid = block_grid(x.shape, block)
-            index = encode_decode.random_blocks(grid, 0.8, dtype, "cpu").index
+            index = cases.random_blocks(grid, 0.8, dtype, "cpu").index
             for name, launcher, inputs in (
-                ("prune_scores_fc1_8x8", encode_decode.block_scores_triton, (x, grid)),
-                ("prune_take_fc1_8x8", encode_decode.take_triton, (x, grid, index)),
+                ("prune_scores_fc1_8x8", kernels.block_scores_triton, (x, grid)),
+                ("prune_take_fc1_8x8", kernels.take_triton, (x, grid, index)),
             ):
                 with traffic() as moved:
                     launcher(*inputs)
-                assert moved.total == cases[name].moved(*inputs), name
+                assert moved.total == named[name].moved(*inputs), name
 
     @pytest.mark.quick(5)
     @pytest.mark.parametrize("block", [(8, 8), (1, 384), (5, 7)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_decode(self, block, dtype):
-        (case, *_) = (case for case in encode_decode.cases() if case.name.startswith("prune_decode"))
+        (case, *_) = (case for case in cases.cases() if case.name.startswith("prune_decode"))
         grid = Grid(70, 168, *block)
-        blocks = encode_decode.random_blocks(grid, 0.8, dtype, "cpu")
+        blocks = cases.random_blocks(grid, 0.8, dtype, "cpu")
         past_the_edge = take_reference(torch.ones(grid.rows, grid.columns), grid, blocks.index).eq(0).sum()
         with traffic() as moved:
-            encode_decode.decode_triton(*blocks, 70, 168)
+            kernels.decode_triton(*blocks, 70, 168)
         filled = 4 * grid.down * grid.across  # by PyTorch
         unread = int(past_the_edge) * dtype.itemsize
         assert moved.total + filled + unread == case.moved(*blocks, 70, 168)
@@ -299,21 +299,21 @@ class TestTraffic:
     def test_weight_gradient_of_one_tile(self, dtype):
         """Nothing is shared among programs here, and all block rows are visited: what is declared is exact."""
         grid = Grid(400, 128 if dtype == torch.float16 else 8, 8, 8)
-        blocks = encode_decode.random_blocks(grid, 0.0, dtype, "cpu")
+        blocks = cases.random_blocks(grid, 0.0, dtype, "cpu")
         dy = torch.randn(400, 40).to(dtype)
         with traffic() as moved:
-            product.weight_grad_triton(*blocks, dy, grid.columns)
+            triton_product.weight_grad_triton(*blocks, dy, grid.columns)
         sums = 4 * 40 * grid.columns
         by_torch = 4 * grid.down * grid.across + sums * (50 + 1)  # the map is filled; 50 partial sums are added
-        assert moved.total + by_torch == product.weight_grad_bytes(*blocks, dy, grid.columns)
+        assert moved.total + by_torch == cases.weight_grad_bytes(*blocks, dy, grid.columns)
 
     @pytest.mark.parametrize("grouped", [8, 16, 32])
     def test_weight_gradient_through_l2(self, grouped):
         """The formulas of the module: rows of dY for each group that visits them, values for each tile of outputs."""
         grid = Grid(96, 48, 8, 8)
-        blocks = encode_decode.random_blocks(grid, 0.6, torch.float32, "cpu")
+        blocks = cases.random_blocks(grid, 0.6, torch.float32, "cpu")
         dy = torch.randn(96, 32)
-        config = small(product.TENSOR_CONFIGS[0], COLUMNS=32, GROUPED=grouped, PROGRAMS=1)
+        config = small(triton_product.TENSOR_CONFIGS[0], COLUMNS=32, GROUPED=grouped, PROGRAMS=1)
         kept = torch.zeros(12 * 6, dtype=torch.bool).index_fill_(0, blocks.index.long(), True).view(12, 6)
         groups = kept.split(grouped // 8, dim=1)
         visited = sum(int(group.any(1).sum()) for group in groups)
@@ -321,12 +321,12 @@ class TestTraffic:
         slots = 4 * visited * (1 + grouped // 8)
         lists = 4 * (2 * blocks.index.numel() + 72) + slots + 4 * len(groups)
         with traffic() as moved:
-            product.weight_grad_triton(*blocks, dy, 48, config)
+            triton_product.weight_grad_triton(*blocks, dy, 48, config)
         products = visited * 8 * 32 * 4 + 2 * blocks.values.nbytes + 2 * (slots + 4 * len(groups)) + 4 * 32 * 48
         assert moved.total == lists + products
 
 
-@pytest.mark.parametrize("case", [*encode_decode.cases(), *product.cases()], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.cases(), ids=lambda case: case.name)
 def test_realistic_sizes_move_little_more_than_they_must(case):
     for dtype in case.dtypes:
         inputs = case.make(dtype, "meta")
@@ -341,11 +341,11 @@ def test_operations_are_registered_well():
     x = torch.randn(3, 25, 22)
     grid = block_grid(x.shape, (8, 8))
     for view in (x, x.transpose(1, 2)):
-        torch.library.opcheck(encode_decode._encode, (view, 8, 8, 10))
-        torch.library.opcheck(encode_decode._encode, (view, 8, 8, 10, torch.rand(1)))
+        torch.library.opcheck(op._encode, (view, 8, 8, 10))
+        torch.library.opcheck(op._encode, (view, 8, 8, 10, torch.rand(1)))
     blocks = encode_reference(x.reshape(75, 22), grid, 10)
-    torch.library.opcheck(encode_decode._decode, (*blocks, 75, 22))
-    torch.library.opcheck(product._weight_grad, (*blocks, torch.randn(3, 25, 6), 22))
+    torch.library.opcheck(op._decode, (*blocks, 75, 22))
+    torch.library.opcheck(op._weight_grad, (*blocks, torch.randn(3, 25, 6), 22))
 
 
 def test_operations_compile_in_one_graph():
@@ -353,8 +353,8 @@ def test_operations_compile_in_one_graph():
     grid = block_grid(x.shape, (8, 8))
 
     def run(x, dy):
-        blocks = encode_decode._encode(x, 8, 8, 9)
-        return encode_decode._decode(*blocks, 72, 40), product._weight_grad(*blocks, dy, 40)
+        blocks = op._encode(x, 8, 8, 9)
+        return op._decode(*blocks, 72, 40), op._weight_grad(*blocks, dy, 40)
 
     torch._dynamo.reset()
     decoded, dw = torch.compile(run, fullgraph=True, backend="aot_eager")(x, dy)
@@ -389,12 +389,12 @@ def test_past_two_to_the_31_elements():
     x[-8:] = eighths(8, columns, dtype=torch.float16)
     last = torch.tensor([grid.down * grid.across - 1], dtype=torch.int32)
     with last_program_only():
-        scores = encode_decode.block_scores_triton(x, grid)
-        values = encode_decode.take_triton(x, grid, last)
+        scores = kernels.block_scores_triton(x, grid)
+        values = kernels.take_triton(x, grid, last)
         # x stands in for dy, one segment: its last program sees the last block alone
-        config = small(product.TENSOR_CONFIGS[0], PROGRAMS=1)
-        dw = product.weight_grad_triton(values, last, x, columns, config)
-        decoded = encode_decode.decode_triton(values, last, rows, columns)
+        config = small(triton_product.TENSOR_CONFIGS[0], PROGRAMS=1)
+        dw = triton_product.weight_grad_triton(values, last, x, columns, config)
+        decoded = kernels.decode_triton(values, last, rows, columns)
     corner = x[-8:, -8:]
     assert_same("score", scores[-1:], block_scores_reference(corner, Grid(8, 8, 8, 8)))
     assert_same("values", values, corner[None])
@@ -407,7 +407,7 @@ def test_past_two_to_the_31_elements_on_a_gpu():
     x = torch.zeros(2**22 + 8, 512, dtype=torch.float16, device="cuda")
     x[-20:] = eighths(20, 512, device="cuda", dtype=torch.float16)
     grid = block_grid(x.shape, (8, 8))
-    blocks = encode_decode.encode(x, grid, 3 * 64)
-    assert torch.equal(encode_decode.decode(blocks, grid), x)
-    dw = product.weight_grad(blocks, x, grid)
+    blocks = op.encode(x, grid, 3 * 64)
+    assert torch.equal(op.decode(blocks, grid), x)
+    dw = op.weight_grad(blocks, x, grid)
     assert_close("dW", dw, x[-20:].double().T @ x[-20:].double(), 1e-6)  # 20 terms

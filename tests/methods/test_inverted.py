@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import actpress
 from actpress import measure, tables
 from actpress.kernels.few_bit import code_bytes
-from actpress.kernels.inverted import derivative_reference, left_reference
+from actpress.kernels.inverted.reference import derivative_reference, left_reference
 from actpress.layers import activation
 from actpress.measure import derivatives
 from actpress.methods import Division, FewBit, Inverted

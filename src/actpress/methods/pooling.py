@@ -9,7 +9,7 @@ The idea: keep the block means of every convolution's input instead of the input
     BatchNorm2d     stock: its input stays dense
 
 Weight gradients are taken against the upsampled means, which are built, one layer's at a time, only where that is cheapest
-(kernels/pooling/product.py; kernels/pooling/convolution.py on a GPU): approximate and biased, their norm shrinks. Input and bias
+(kernels/pooling/composed.py; kernels/pooling/plan.py on a GPU): approximate and biased, their norm shrinks. Input and bias
 gradients are exact.
 
 align="authors", relu="stock" is the official code: floor-mode pooling, one pooled copy per reader, everything but convolutions stock. Its
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from actpress import layers
 from actpress.codec import Codec, Context, Conv, Like
 from actpress.kernels.common import check
-from actpress.kernels.pooling import ALIGN, pool, pool_max, upsample_reference
-from actpress.kernels.pooling.convolution import conv2d_weight_grad
+from actpress.kernels.pooling import ALIGN, PooledConv, conv2d_weight_grad, pool, pool_max, upsample_reference
 from actpress.methods.rules import exact, exact_functions
 from actpress.swap import Method, Replacement
 
@@ -59,7 +58,7 @@ class PoolingCodec(Codec):
     def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
         if kept[0].shape == like.shape:
             return super().conv2d_weight_grad(kept, like, dy, conv)
-        return conv2d_weight_grad(kept[0], dy, tuple(like.shape[2:]), *conv, self.block, self.align)
+        return conv2d_weight_grad(kept[0], dy, PooledConv(conv, tuple(like.shape[2:]), self.block, self.align))
 
 
 @dataclass(frozen=True)

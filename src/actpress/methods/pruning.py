@@ -8,7 +8,7 @@ keep the blocks of it with the largest mean |x| and forget the rest:
 
 Forward, dX = dY W and db are exact. dW = dY^T x~ is approximate, x~ being the kept blocks alone: it is computed from them and costs
 (1 - sparsity) of the dense product. select="topk" keeps the largest blocks as they are, a biased dW with a small error; select="sample"
-draws blocks with probability p ~ mean |x| and keeps block / p: E[dW] is exact, its variance is larger. The code is in kernels/pruning*.py.
+draws blocks with probability p ~ mean |x| and keeps block / p: E[dW] is exact, its variance is larger. The code is in kernels/pruning/.
 
 Choices of ours, where the paper's body was not available: the score (mean |x|), one number of blocks per tensor and step (so bytes are
 fixed), int32 positions, blocks cut to tensors smaller than they are, and a tensor whose code would be no smaller stays dense. As in
@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from actpress import layers
 from actpress.codec import Codec, Context, Like
 from actpress.kernels.common import check
-from actpress.kernels.pruning import SELECT, Blocks, block_grid, code_bytes, kept_blocks
-from actpress.kernels.pruning.encode_decode import decode, encode
-from actpress.kernels.pruning.product import weight_grad
+from actpress.kernels.pruning import (
+    SELECT,
+    Blocks,
+    block_grid,
+    code_bytes,
+    decode,
+    encode,
+    kept_blocks,
+    weight_grad,
+)
 from actpress.swap import Method, Replacement
 
 HEAD = ("head", "head.*", "heads.*", "head_dist", "fc", "classifier", "classifier.*")

@@ -17,7 +17,7 @@ from the decoded input and are approximate; with stochastic rounding its expecta
 kernels/quantize/__init__.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
 
 levels="normal" is a study: inputs of BatchNorm2d, close to normal in each channel, in Q-bit levels that are fixed for a normal
-distribution (kernels/lloyd_max/__init__.py), at Q + 64 / (elements of a channel of the batch) bits per element.
+distribution (kernels/lloyd_max/), at Q + 64 / (elements of a channel of the batch) bits per element.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,27 +1,22 @@
-"""What each tap of a convolution meets on the way to a weight gradient against a pooled map: all taps from one read.
+"""Triton kernel of what each tap of a convolution meets, for the weight gradient against a pooled map: all taps from one read.
 
-    sums      dY [N, O, P, Q] -> S: dY summed over the pixels whose tap falls into each block, [taps, O, N, h, w]
-    spread    p(x) [N, I, h, w] -> X: the block that each tap meets at each position of dY, [taps, I, N, P, Q]
-
-Rows and columns are independent of each other, and sums and spread are one thing: each of the two axes says, per tap, which input positions
-belong to an output position. A program takes a tile of output positions, loads the window that their taps reach once and adds up in
-registers. Its input may have any strides; its output has one of three orders of memory, outermost first:
+A program owns a tile of output positions. It loads the window that their taps reach once and adds up in registers. The input may have any
+strides. The output has one of three memory orders, outermost axis first:
 
     taps        groups, taps, channels, samples, rows, columns
     samples     samples, groups, taps, channels, rows, columns
-    channels    samples, rows, columns, groups, taps, channels: where the input is channels_last
+    channels    samples, rows, columns, groups, taps, channels: for an input in channels_last
+
+plan.py documents axes, windows, sums and spread.
 """
 
-from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from actpress.kernels.common import launch
 from actpress.kernels.common.launch import cdiv, next_power_of_2, tl, triton
-from actpress.kernels.pooling import blocks_met
+from actpress.kernels.pooling.plan import Axis, Belongs
 
 # LANES: outputs of one tap per program. CHANNELS: of them, neighbouring channels in the order "channels".
 CONFIGS: tuple[launch.Config, ...] = (
@@ -34,91 +29,10 @@ ORDERS = {  # of [groups, taps, channels, samples, rows, columns], outermost fir
     "samples": (3, 0, 1, 2, 4, 5),
     "channels": (3, 4, 5, 0, 1, 2),
 }
-UNROLLED = 64, 16  # cells of a window and taps, up to which a program holds their sums in registers
-
-
-class Axis(NamedTuple):
-    """Rows or columns of the kernel. For output position u, tap t adds up the input positions v that belong to u: those where it meets
-    block u (sums), or the block that it meets at position u (spread)."""
-
-    offsets: tuple[int, ...]  # of taps that differ: at position p of dY a tap meets pixel stride * p + offset
-    reach: tuple[int, ...]  # every v of u is (up * u + start) // down - bias + one of these: the window
-    span: int  # the most that one tap adds up
-    meets: tuple[int, ...]  # [reach, taps]: belongs to no u, 0; to all, 1, or 3 if a tap's first; to some, 2
-    up: int
-    down: int
-    start: int
-    bias: int
-    stride: int
-    block: int
-    shift: int  # pixels before the first block
-    length: int  # pixels
-    read: int  # input positions
-    written: int  # output positions
-    spread: bool
-    kept: bool  # u is made of v = u alone
-
-
-@lru_cache(maxsize=1024)
-def axis_of(
-    outputs: int,
-    length: int,
-    taps: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    block: int,
-    align: str,
-    spread: bool,
-) -> tuple[Axis, tuple[int, ...]]:
-    """The axis, and which of its taps stands for each tap of the convolution."""
-    geometry = stride, padding, dilation, block, align, torch.device("cpu")
-    met = [tuple(blocks_met(outputs, length, tap, *geometry).tolist()) for tap in range(taps)]
-    distinct = list(dict.fromkeys(met))
-    offsets = tuple(dilation * met.index(blocks) - padding for blocks in distinct)
-    block = min(block, length)
-    shift, count = (length % block, length // block) if align == "authors" else (0, cdiv(length, block))
-    if spread:  # from the block of the first tap
-        read, written, up, down, span, least = count, outputs, stride, block, 1, min(offsets) - shift
-    else:  # from the first position that the last tap takes into the block
-        read, written, up, down, span = outputs, count, block, stride, cdiv(block, stride)
-        least = shift - max(offsets) + stride - 1
-    bias = max(0, -(least // down))  # the dividend must not become negative: kernels round quotients to zero
-    start = least + bias * down
-
-    first = [(up * u + start) // down - bias for u in range(written)]
-    pairs = [{(p, i) if spread else (i, p) for p, i in enumerate(blocks) if i >= 0} for blocks in distinct]
-    window = 1 + max((v - first[u] for tap in pairs for u, v in tap), default=-1)
-    table: dict[int, list[int]] = {}
-    for m in range(window):
-        inside = {(u, first[u] + m) for u in range(written) if 0 <= first[u] + m < read}
-        row = [0 if not inside & tap else 2 if not inside <= tap else 1 for tap in pairs]
-        if any(row):
-            begun = [any(above[tap] for above in table.values()) for tap in range(len(distinct))]
-            table[m] = [3 if entry == 1 and not under else entry for entry, under in zip(row, begun, strict=True)]
-    meets = tuple(entry for row in table.values() for entry in row)
-    kept = read == written and pairs == [{(u, u) for u in range(written)}]
-    rule = stride, block, shift, length
-    axis = Axis(offsets, tuple(table), span, meets, up, down, start, bias, *rule, read, written, spread, kept)
-    return axis, tuple(distinct.index(blocks) for blocks in met)
-
-
-def belongs_reference(axis: Axis) -> Tensor:
-    """bool [taps, written, read]: whether v belongs to u."""
-    u, v = torch.arange(axis.written)[:, None], torch.arange(axis.read)[None, :]
-    position, block = (u, v) if axis.spread else (v, u)
-    pixel = axis.stride * position + torch.tensor(axis.offsets)[:, None, None]
-    within = pixel - axis.shift - axis.block * block
-    return (within >= 0) & (within < axis.block) & (pixel < axis.length)
-
-
-def met_reference(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int) -> Tensor:
-    """Finite x -> [groups, taps, C / groups, N, rows, columns] in its dtype, summed in fp32 (fp64 stays): axes as matrices of 0 and 1."""
-    compute = torch.promote_types(x_NCrq.dtype, torch.float32)
-    by_row, by_column = (belongs_reference(axis).to(x_NCrq.device, compute) for axis in (rows, columns))
-    met = torch.einsum("bwq,ncrq->bncrw", by_column, x_NCrq.to(compute))
-    met = torch.einsum("aur,bncrw->abcnuw", by_row, met).flatten(0, 1)  # [taps, C, N, rows, columns]
-    return met.unflatten(1, (groups, -1)).transpose(0, 1).to(x_NCrq.dtype)
+UNROLLED = 64, 16  # places of a window and taps, up to which a program holds their sums in registers
+ALWAYS, SOMETIMES, FIRST = (
+    tl.constexpr(belongs.value) for belongs in (Belongs.ALWAYS, Belongs.SOMETIMES, Belongs.FIRST)
+)
 
 
 @triton.jit
@@ -148,11 +62,11 @@ def _window_sums(x_ptr, xr, xq, u_r, u_q, inside, R: tl.constexpr, Q: tl.constex
         for b in tl.static_range(taps_q):
             total = tl.zeros(inside.shape, tl.float32)
             for j in tl.static_range(len(Q.reach)):
-                if Q.meets[j * taps_q + b] == 3:
+                if Q.meets[j * taps_q + b] == FIRST:
                     total = cells[j]
-                elif Q.meets[j * taps_q + b] == 2:
+                elif Q.meets[j * taps_q + b] == SOMETIMES:
                     total += tl.where(_belongs(u_q, first_q + Q.reach[j], Q.offsets[b], Q), cells[j], 0.0)
-                elif Q.meets[j * taps_q + b] == 1:
+                elif Q.meets[j * taps_q + b] == ALWAYS:
                     total += cells[j]
             across += (total,)
     totals = ()
@@ -160,11 +74,11 @@ def _window_sums(x_ptr, xr, xq, u_r, u_q, inside, R: tl.constexpr, Q: tl.constex
         for b in tl.static_range(taps_q):
             total = tl.zeros(inside.shape, tl.float32)
             for m in tl.static_range(len(R.reach)):
-                if R.meets[m * taps_r + a] == 3:
+                if R.meets[m * taps_r + a] == FIRST:
                     total = across[m * taps_q + b]
-                elif R.meets[m * taps_r + a] == 2:
+                elif R.meets[m * taps_r + a] == SOMETIMES:
                     total += tl.where(_belongs(u_r, first_r + R.reach[m], R.offsets[a], R), across[m * taps_q + b], 0.0)
-                elif R.meets[m * taps_r + a] == 1:
+                elif R.meets[m * taps_r + a] == ALWAYS:
                     total += across[m * taps_q + b]
             totals += (total,)
     return totals
@@ -253,6 +167,7 @@ def _taps_kernel(
 
 
 def unrolled(rows: Axis, columns: Axis) -> bool:
+    """Whether a program computes the sums of all taps at once."""
     taps = len(rows.offsets) * len(columns.offsets)
     return len(rows.reach) * len(columns.reach) <= UNROLLED[0] and taps <= UNROLLED[1]
 
@@ -272,8 +187,11 @@ def tile_of(rows: Axis, columns: Axis, channels: int, order: str, config: launch
 def met_triton(
     x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int, order: str, config: launch.Config = CONFIGS[0]
 ) -> Tensor:
-    """`met_reference` in one pass, for x of any strides, fewer than 2^31 elements a sample. Sums are taken in fp32 in another order and
-    rounded once to x's dtype, as there: half types now and then round to the neighbour. Where the sum is of one element, equal."""
+    """`plan.met_reference` in one pass, for x of any strides with fewer than 2^31 elements per sample.
+
+    Sums are computed in fp32 in another order and rounded once to x's dtype, as in the reference. So half types sometimes round to the
+    neighbouring number. Sums of one element are equal.
+    """
     taps, (n, channels) = len(rows.offsets) * len(columns.offsets), x_NCrq.shape[:2]
     shape, outermost = (groups, taps, channels // groups, n, rows.written, columns.written), ORDERS[order]
     y = x_NCrq.new_empty([shape[dim] for dim in outermost]).permute([outermost.index(dim) for dim in range(6)])
@@ -302,7 +220,7 @@ def met_triton(
 
 
 def met_bytes(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int, order: str) -> int:
-    """What the kernel moves in its default configuration. Neighbouring tiles both read the positions that their windows share."""
+    """Bytes that the kernel moves in its default configuration. Neighbouring tiles both read the positions that their windows share."""
     n, channels = x_NCrq.shape[:2]
     tile = tile_of(rows, columns, channels, order, CONFIGS[0])
     read = _positions(rows, tile["ROWS"]) * _positions(columns, tile["COLUMNS"])
@@ -311,7 +229,7 @@ def met_bytes(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int, order: str
 
 
 def _positions(axis: Axis, tile: int) -> int:
-    """Input positions that tiles of so many output positions read, in all."""
+    """Input positions that all tiles read together, for tiles of `tile` output positions."""
     first = [(axis.up * u + axis.start) // axis.down - axis.bias for u in range(axis.written)]
     tiles = (first[u : u + tile] for u in range(0, axis.written, tile))
     return sum(len({v + m for v in tile for m in axis.reach if 0 <= v + m < axis.read}) for tile in tiles)

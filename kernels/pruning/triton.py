@@ -1,13 +1,16 @@
-"""Block-sparse pruning on a GPU: encode and decode of pruning.py as Triton kernels, and the public functions that choose.
+"""Triton kernels of block-sparse pruning: block scores, copying of the kept blocks, and decoding.
 
-    encode    scores: one read of x. Selection: PyTorch's stable sorts on the device, nothing waits for the host. Values: one read of the
-              kept blocks alone. x is read where it lies: rows on two levels of strides, any view of [B, T, F] or of its transpose.
-    decode    one write of x~; a block that was dropped is written as zeros, not filled and then overwritten.
+    encode    reads x once for the scores, and the kept blocks once more for the values. PyTorch's stable sorts select the blocks on the
+              device, so nothing waits for the host. x needs no copy: its rows may lie on two levels of strides, as those of any view of
+              [B, T, F] or of its transpose do.
+    decode    writes x~ once. Dropped blocks are written as zeros, not filled first and overwritten later.
 
-Positions become a map [down, across] of slots in `values`, -1 where dropped: 4 bytes a block, and all that those who read blocks need.
+Kernels that read blocks find them by a map [down, across] of slots in `values`, -1 for dropped blocks: 4 bytes per block.
 
-Shapes as in pruning.py. Rows and columns are below 2^31 each, elements need not be.
+Shapes as in reference.py. Rows and columns are below 2^31 each; the number of elements may be larger.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +18,7 @@ from torch import Tensor
 from actpress.kernels.common import launch
 from actpress.kernels.common.launch import cdiv, next_power_of_2, tl, triton
 from actpress.kernels.common.rounding import saturate
-from actpress.kernels.pruning import (
-    Blocks,
-    Grid,
-    block_grid,
-    block_scores_reference,
-    decode_reference,
-    encode_reference,
-    kept_blocks,
-    select_reference,
-    take_reference,
-)
+from actpress.kernels.pruning.reference import Grid, select_reference
 
 # TILE: elements of a program.
 SCORES_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 4096, "num_warps": 4}, {"TILE": 8192, "num_warps": 8})
@@ -35,7 +28,7 @@ DECODE_CONFIGS: tuple[launch.Config, ...] = ({"TILE": 4096, "num_warps": 4}, {"T
 
 @triton.jit
 def row_offset(row, size, outer, inner, TWO_LEVELS: tl.constexpr):
-    """Where a row begins: row r of a matrix whose rows come in groups of `size`, `outer` apart, `inner` apart within."""
+    """Offset of the first element of a row. Rows come in groups of `size`: groups are `outer` apart, rows of a group `inner` apart."""
     if TWO_LEVELS:
         return (row // size).to(tl.int64) * outer + (row % size).to(tl.int64) * inner
     return row.to(tl.int64) * inner
@@ -179,11 +172,17 @@ def _decode_kernel(
             tl.store(x_ptr + offset, x, mask=inside)
 
 
-def matrix(x: Tensor) -> tuple[Tensor, tuple[int, int, int, bool]]:
-    """x [..., C] as a matrix of rows on at most two levels, (size, outer, inner, whether there are two): see row_offset.
+class Rows(NamedTuple):
+    """Strides of a matrix whose rows lie on at most two levels, see row_offset."""
 
-    A view that would need more levels is copied.
-    """
+    size: int
+    outer: int
+    inner: int
+    two_levels: bool
+
+
+def matrix(x: Tensor) -> tuple[Tensor, Rows]:
+    """x [..., C] and the strides of its rows. A view that would need more than two levels is copied."""
     levels: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if levels and levels[-1][1] == size * stride:
@@ -193,12 +192,13 @@ def matrix(x: Tensor) -> tuple[Tensor, tuple[int, int, int, bool]]:
     if len(levels) > 2:
         return matrix(x.contiguous())
     (_, outer), (size, inner) = [(1, 0), (1, 0), *levels][-2:]
-    return x, (size, outer, inner, len(levels) == 2)
+    return x, Rows(size, outer, inner, len(levels) == 2)
 
 
 def _tiling(grid: Grid, tile: int, rows_contiguous: bool = False) -> dict[str, int]:
-    """The blocks of a program, TH x TW, and the piece it reads of each at a time, BH x BW: 128 elements along memory, `tile` in all, or the
-    matrix if that is smaller.
+    """How a program covers blocks: TH x TW blocks, of each of which it reads pieces of BH x BW.
+
+    A piece spans up to 128 elements along memory. A program holds `tile` elements at a time, or the matrix, if that is smaller.
     """
     along, other = (grid.height, grid.down), (grid.width, grid.across)
     along, other = (along, other) if rows_contiguous else (other, along)
@@ -219,14 +219,14 @@ def block_scores_triton(x: Tensor, grid: Grid, config: launch.Config = SCORES_CO
     Differs in the order of sums: per piece of a block, then over pieces. Both are within bh * bw roundings of 2^-24 of the exact mean, and
     equal where sums are exact. Where scores tie to within that, another block may be selected.
     """
-    x, (size, outer, inner, two_levels) = matrix(x)
+    x, strides = matrix(x)
     scores = x.new_empty(grid.down * grid.across, dtype=torch.float32)
-    tiles = _tiling(grid, config["TILE"], rows_contiguous=inner == 1 and x.stride(-1) != 1)
+    tiles = _tiling(grid, config["TILE"], rows_contiguous=strides.inner == 1 and x.stride(-1) != 1)
     launch.run(
         _scores_kernel,
         (cdiv(grid.down, tiles["TH"]) * cdiv(grid.across, tiles["TW"]),),
-        *(x, scores, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.down, grid.across),
-        TWO_LEVELS=two_levels,
+        *(x, scores, grid.rows, grid.columns, *strides[:3], x.stride(-1), grid.down, grid.across),
+        TWO_LEVELS=strides.two_levels,
         HEIGHT=grid.height,
         WIDTH=grid.width,
         **tiles,
@@ -242,7 +242,7 @@ def take_triton(
 
     Rows of a block shorter than 32 bytes waste the rest of the sector they lie in.
     """
-    index, (x, (size, outer, inner, two_levels)) = index.contiguous(), matrix(x)
+    index, (x, strides) = index.contiguous(), matrix(x)
     values = x.new_empty(index.numel(), grid.height, grid.width)
     bw = min(next_power_of_2(grid.width), 128)
     bh = min(next_power_of_2(grid.height), config["TILE"] // bw)
@@ -250,9 +250,9 @@ def take_triton(
     launch.run(
         _take_kernel,
         (cdiv(index.numel(), count),),
-        *(x, index, weight, values, grid.rows, grid.columns, size, outer, inner, x.stride(-1), grid.across),
+        *(x, index, weight, values, grid.rows, grid.columns, *strides[:3], x.stride(-1), grid.across),
         index.numel(),
-        TWO_LEVELS=two_levels,
+        TWO_LEVELS=strides.two_levels,
         HEIGHT=grid.height,
         WIDTH=grid.width,
         COUNT=count,
@@ -315,142 +315,3 @@ def decode_triton(
 
 def options_of(config: launch.Config) -> dict[str, int]:
     return {name: config[name] for name in ("num_warps", "num_stages") if name in config}
-
-
-@torch.library.custom_op("actpress::prune_encode", mutates_args=())
-def _encode(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    values, index = encode_reference(*_as_matrix(x, height, width), kept, noise)
-    return values.contiguous(), index
-
-
-@_encode.register_fake
-def _(x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(kept, height, width), x.new_empty(kept, dtype=torch.int32)
-
-
-launch.on_cuda(_encode, encode_by_kernels)
-
-
-@torch.library.custom_op("actpress::prune_decode", mutates_args=())
-def _decode(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
-    return decode_reference(Blocks(values, index), Grid(rows, columns, *values.shape[1:])).contiguous()
-
-
-@_decode.register_fake
-def _(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
-    return values.new_empty(rows, columns)
-
-
-launch.on_cuda(_decode, decode_triton)
-
-
-def encode(x: Tensor, grid: Grid, kept: int, noise: Tensor | None = None) -> Blocks:
-    """x [..., C] of any strides and floating dtype -> its `kept` blocks: the highest scores, or, given noise [1] in [0, 1), a sample.
-
-    grid: block_grid(x.shape, block).
-    """
-    if launch.on_gpu(x):
-        return Blocks(*launch.way(_encode, x)(x, grid.height, grid.width, kept, noise))
-    return encode_reference(x.reshape(grid.rows, grid.columns), grid, kept, noise)
-
-
-def decode(blocks: Blocks, grid: Grid) -> Tensor:
-    """Blocks -> x~ [R, C], zero where no block is kept."""
-    if launch.on_gpu(blocks.values):
-        return launch.way(_decode, blocks.values)(*blocks, grid.rows, grid.columns)
-    return decode_reference(blocks, grid)
-
-
-def _as_matrix(x: Tensor, height: int, width: int) -> tuple[Tensor, Grid]:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]), Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
-
-
-def random_blocks(grid: Grid, sparsity: float, dtype: torch.dtype, device: str) -> Blocks:
-    """Normal values in blocks anywhere: what benchmarks multiply."""
-    kept = kept_blocks(grid, sparsity)
-    index = torch.randperm(grid.down * grid.across, device=device)[:kept].sort().values.to(torch.int32)
-    return Blocks(torch.randn(kept, grid.height, grid.width, dtype=dtype, device=device), index)
-
-
-def cases() -> list[launch.Case]:
-    """Linear inputs of ResMLP-S12 at batch 128: of fc1 (25088 x 384), of fc2 (25088 x 1536), and of the cross-patch layer, a transposed
-    view 128 x 384 x 196. 80% of the blocks are dropped."""
-
-    def block_of(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Grid]:
-        return x, block_grid(x.shape, block)
-
-    def with_index(x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor]:
-        return x, grid, random_blocks(grid, 0.8, x.dtype, x.device.type).index
-
-    def scores_bytes(x: Tensor, grid: Grid) -> int:
-        return launch.nbytes(x) + 4 * grid.down * grid.across
-
-    def take_bytes(x: Tensor, grid: Grid, index: Tensor) -> int:
-        return index.numel() * (2 * grid.height * grid.width * x.itemsize + 4)
-
-    def decode_inputs(block: tuple[int, int], rows: int, columns: int):
-        grid = block_grid(torch.Size((rows, columns)), block)
-        return lambda dtype, device: (*random_blocks(grid, 0.8, dtype, device), rows, columns)
-
-    def decode_floor(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
-        return launch.nbytes(values, index) + rows * columns * values.itemsize
-
-    def decode_bytes(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
-        grid = Grid(rows, columns, *values.shape[1:])  # the map: filled, set where kept, read
-        return decode_floor(values, index, rows, columns) + 8 * grid.down * grid.across + 4 * index.numel()
-
-    shapes = {
-        "fc1": lambda dtype, device: torch.randn(25088, 384, dtype=dtype, device=device),
-        "fc2": lambda dtype, device: torch.randn(25088, 1536, dtype=dtype, device=device),
-        "patches": lambda dtype, device: torch.randn(128, 196, 384, dtype=dtype, device=device).transpose(1, 2),
-    }
-    chosen = [("fc1", block) for block in ((8, 8), (16, 16), (32, 32), (1, 384))]
-    chosen += [("fc2", (8, 8)), ("patches", (8, 8))]
-    found = []
-    for layer, block in chosen:
-        name = f"{layer}_{block[0]}x{block[1]}"
-
-        def make(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
-            return block_of(shapes[layer](dtype, device), block)
-
-        def tiny(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
-            x = torch.randn(2, 60, 40, dtype=dtype, device=device)
-            return block_of(x.transpose(1, 2) if layer == "patches" else x, block)
-
-        found += [
-            launch.Case(
-                f"prune_scores_{name}",
-                make,
-                block_scores_triton,
-                lambda x, grid: block_scores_reference(x.reshape(-1, grid.columns), grid),
-                scores_bytes,
-                scores_bytes,
-                SCORES_CONFIGS,
-                tolerance=1e-6,  # up to 1024 fp32 terms, summed in another order
-                tiny=tiny,
-            ),
-            launch.Case(
-                f"prune_take_{name}",
-                lambda dtype, device, make=make: with_index(*make(dtype, device)),
-                lambda x, grid, index, config: take_triton(x, grid, index, config=config),
-                lambda x, grid, index: take_reference(x.reshape(-1, grid.columns), grid, index).contiguous(),
-                take_bytes,
-                take_bytes,
-                TAKE_CONFIGS,
-                tiny=lambda dtype, device, tiny=tiny: with_index(*tiny(dtype, device)),
-            ),
-        ]
-    for block in ((8, 8), (1, 384)):
-        found.append(
-            launch.Case(
-                f"prune_decode_fc1_{block[0]}x{block[1]}",
-                decode_inputs(block, 25088, 384),
-                decode_triton,
-                lambda values, index, rows, columns: _decode._init_fn(values, index, rows, columns),
-                decode_bytes,
-                decode_floor,
-                DECODE_CONFIGS,
-                tiny=decode_inputs(block, 60, 40),
-            )
-        )
-    return found
