@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from actpress.kernels.common.bits import packed_bytes
 from actpress.kernels.common.compare import DTYPES, least_not_below
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.layout import dense, is_channels_last
 from actpress.kernels.few_bit.tables import TABLES
 from actpress.kernels.inverted.reference import STOCK
@@ -44,21 +45,22 @@ def _chunks(count: int) -> int:
     return (count + CHUNK - 1) // CHUNK
 
 
-def encode_reference(x: Tensor, function: str, bits: int) -> tuple[Tensor, bool]:
-    """x (fp64, fp32, fp16 or bf16, any shape and strides) -> (code, uint8 [code_bytes], whether it is in channels_last order)."""
+def encode_reference(x: Tensor, function: str, bits: int) -> Tensor:
+    """The code of x (fp64, fp32, fp16 or bf16, any shape and strides), uint8 [code_bytes], in the order of dense(x)."""
+    x = dense(x)
     codes = torch.zeros_like(x, dtype=torch.uint8, requires_grad=False)
     for border in BORDERS[function, bits, x.dtype]:
         codes += x >= border
     planes = [pack_mask_reference((codes >> i & 1).bool()) for i in range(bits)]
-    nans = (x.permute(0, 2, 3, 1) if is_channels_last(codes) else x).isnan().reshape(-1)
+    nans = (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).isnan().reshape(-1)
     nans = F.pad(nans, (0, -nans.numel() % CHUNK)).view(-1, CHUNK).any(1).to(torch.uint8)
-    return torch.cat([*planes, nans]), is_channels_last(codes)
+    return torch.cat([*planes, nans])
 
 
 def forward_reference(x: Tensor, function: str, bits: int) -> tuple[Tensor, Tensor]:
     """(function(x) as stock PyTorch computes it, its code), both in the order of dense(x)."""
     x = dense(x)
-    return STOCK[function](x), encode_reference(x, function, bits)[0]
+    return STOCK[function](x), encode_reference(x, function, bits)
 
 
 def input_grad_reference(dy: Tensor, code: Tensor, function: str, bits: int, channels_last: bool) -> Tensor:
@@ -67,7 +69,7 @@ def input_grad_reference(dy: Tensor, code: Tensor, function: str, bits: int, cha
     codes = torch.zeros(dy.shape, dtype=torch.int32, device=dy.device)
     for i, plane in enumerate(planes):
         codes += unpack_mask_reference(plane, dy.shape, channels_last).to(torch.int32) << i
-    compute = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(dy.dtype)
     levels = torch.tensor(TABLES[function][bits]["levels"], dtype=compute, device=dy.device)
     dx = levels[codes] * dy
     nans = nans.repeat_interleave(CHUNK)[: dx.numel()] != 0

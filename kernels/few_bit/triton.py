@@ -136,14 +136,15 @@ def _grid(x: Tensor, config: launch.Config) -> tuple[int]:
     return (cdiv(x.numel(), 8 * config["GROUPS"]),)
 
 
-def _new_code(x: Tensor, bits: int) -> Tensor:
+def empty_code(x: Tensor, bits: int) -> Tensor:
+    """An uninitialised code for x: uint8 [code_bytes]."""
     return x.new_empty(code_bytes(x.numel(), bits), dtype=torch.uint8)
 
 
 def encode_triton(x: Tensor, function: str, bits: int, config: launch.Config = CONFIGS[0]) -> Tensor:
-    """The code of `encode_reference(dense(x), function, bits)` in one pass; equal bit for bit."""
+    """The code of `encode_reference` in one pass; equal bit for bit."""
     x = dense(x)
-    code = _new_code(x, bits)
+    code = empty_code(x, bits)
     borders = BORDERS[function, bits, x.dtype]
     launch.run(_encode_kernel, _grid(x, config), x, code, x.numel(), BORDERS=borders, BITS=bits, **config)
     return code
@@ -152,7 +153,7 @@ def encode_triton(x: Tensor, function: str, bits: int, config: launch.Config = C
 def forward_triton(x: Tensor, function: str, bits: int, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
     """`forward_reference` in one pass; the code is equal bit for bit, y differs as that of inverted.forward_triton does."""
     x = dense(x)
-    y, code = torch.empty_like(x), _new_code(x, bits)
+    y, code = torch.empty_like(x), empty_code(x, bits)
     constexprs = {"FUNCTION": function, "BORDERS": BORDERS[function, bits, x.dtype], "BITS": bits}
     launch.run(_forward_kernel, _grid(x, config), x, y, code, x.numel(), **constexprs, **config)
     return y, code

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actpress.kernels.common.compare import DTYPES, least_not_below
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.layout import dense
 from actpress.kernels.inverted.coefficients import COEFFICIENTS
 from actpress.kernels.masks import pack_mask_reference, unpack_mask_reference
@@ -82,7 +83,7 @@ def forward_reference(x: Tensor, function: str) -> tuple[Tensor, Tensor]:
 def derivative_reference(y: Tensor, left: Tensor, function: str) -> Tensor:
     """d(y, left): fp32 (fp64 for fp64 y), of y's shape. y: outputs of `function` in fp64, fp32, fp16 or bf16; left: bool."""
     fit = FITS[function]
-    compute = torch.float64 if y.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(y.dtype)
     high, low = MINIMA[function, compute]
     name = str(y.dtype).removeprefix("torch.")
     half, floor = fit.half_spacing[name], fit.floor[name]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from actpress.kernels.common.bits import pack, packed_bytes, unpack
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.common.rounding import poison, saturated
 
@@ -70,7 +71,7 @@ def code_bytes(shape: torch.Size, levels: Levels) -> int:
 
 def encode_reference(x_NCHW: Tensor, noise: Tensor | None, levels: Levels) -> Code:
     """x (fp64, fp32, fp16 or bf16) -> Code. noise: uniform in [0, 1), of x's shape; None rounds to the nearest level."""
-    x = x_NCHW.to(_compute_dtype(x_NCHW.dtype))
+    x = x_NCHW.to(compute_dtype(x_NCHW.dtype))
     deviation, mean = (t.float() for t in torch.std_mean(x, (0, 2, 3), correction=0))
     deviation += poison(deviation)
     inverse = torch.where(deviation > 0, 1 / deviation.to(x.dtype), deviation.to(x.dtype))  # 0, and NaN, stay
@@ -89,7 +90,7 @@ def encode_reference(x_NCHW: Tensor, noise: Tensor | None, levels: Levels) -> Co
 def decode_reference(code: Code, shape: torch.Size, dtype: torch.dtype, channels_last: bool, levels: Levels) -> Tensor:
     """Code -> x~ of `shape` [N, C, H, W] and `dtype`, in the memory format of the encoded tensor."""
     n, c, h, w = shape
-    compute = _compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     table = torch.tensor(levels, dtype=compute, device=code.codes.device)
     z = table[unpack(code.codes, _bits(levels), math.prod(shape)).int()]
     z = z.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else z.view(n, c, h, w)
@@ -110,7 +111,3 @@ def _count_up_to(z: Tensor, borders: Sequence[float]) -> Tensor:
 
 def _per_channel(t_C: Tensor, dtype: torch.dtype) -> Tensor:
     return t_C.to(dtype).view(-1, 1, 1)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

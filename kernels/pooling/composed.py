@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.geometry import ConvGeometry
-from actpress.kernels.common.layout import is_channels_last
+from actpress.kernels.common.layout import dense_as, is_channels_last
 from actpress.kernels.pooling.reference import ConvAxis, PooledConv, conv2d_weight_grad_reference, upsample_reference
 
 SUMMING = (
@@ -76,7 +77,7 @@ def by_smaller(
     pooled_NIhw: Tensor, dy_NOPQ: Tensor, axes: tuple[SmallerAxis, SmallerAxis], geometry: PooledConv
 ) -> Tensor:
     """dW by the convolution on p(x). Half types are summed in fp32."""
-    compute = torch.promote_types(dy_NOPQ.dtype, torch.float32)
+    compute = compute_dtype(dy_NOPQ.dtype)
     rows, columns = axes
     edges = [edge for axis, size in ((columns, 3), (rows, 2)) for edge in _edges(axis, pooled_NIhw.shape[size])]
     pooled = F.pad(pooled_NIhw.to(compute), edges) if any(edges) else pooled_NIhw.to(compute)
@@ -93,8 +94,7 @@ def by_smaller(
 def by_decoding(pooled_NIhw: Tensor, dy_NOPQ: Tensor, geometry: PooledConv) -> Tensor:
     """dW from x~ as stock PyTorch computes it, in dY's dtype."""
     x = upsample_reference(pooled_NIhw.to(dy_NOPQ.dtype), geometry.size, geometry.block, geometry.align)
-    memory_format = torch.channels_last if is_channels_last(dy_NOPQ) else torch.contiguous_format
-    return _weight_grad(x.contiguous(memory_format=memory_format), dy_NOPQ, geometry.conv)
+    return _weight_grad(dense_as(x, is_channels_last(dy_NOPQ)), dy_NOPQ, geometry.conv)
 
 
 def taps_are_cheaper(dy_NOPQ: Tensor, geometry: PooledConv) -> bool:

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.launch import cdiv
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.pooling.reference import ConvAxis, PooledConv
@@ -130,7 +131,7 @@ def belongs_reference(axis: Axis) -> Tensor:
 
 def met_reference(x_NCrq: Tensor, rows: Axis, columns: Axis, groups: int) -> Tensor:
     """Finite x -> [groups, taps, C / groups, N, rows, columns] in its dtype, summed in fp32 (fp64 stays): axes as matrices of 0 and 1."""
-    compute = torch.promote_types(x_NCrq.dtype, torch.float32)
+    compute = compute_dtype(x_NCrq.dtype)
     by_row, by_column = (belongs_reference(axis).to(x_NCrq.device, compute) for axis in (rows, columns))
     met = torch.einsum("bwq,ncrq->bncrw", by_column, x_NCrq.to(compute))
     met = torch.einsum("aur,bncrw->abcnuw", by_row, met).flatten(0, 1)  # [taps, C, N, rows, columns]

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.common.launch import cdiv
-from actpress.kernels.common.layout import is_channels_last
+from actpress.kernels.common.layout import empty, is_channels_last
 
 ALIGN = ("ceil", "authors")
 
@@ -129,9 +130,7 @@ def empty_pooled(x_NCHW: Tensor, block: int, align: str) -> Tensor:
     """Uninitialised block means of x, in its memory format."""
     sides = [(length, max(min(block, length), 1)) for length in x_NCHW.shape[2:]]
     sizes = [length // side if align == "authors" else cdiv(length, side) for length, side in sides]
-    memory_format = torch.channels_last if is_channels_last(x_NCHW) else torch.contiguous_format
-    shape = (*x_NCHW.shape[:2], *sizes)
-    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format)
+    return empty((*x_NCHW.shape[:2], *sizes), x_NCHW.dtype, x_NCHW.device, is_channels_last(x_NCHW))
 
 
 def upsample_reference(pooled_NCHW: Tensor, size: tuple[int, int], block: int, align: str) -> Tensor:
@@ -154,7 +153,7 @@ def conv2d_weight_grad_reference(pooled_NIhw: Tensor, dy_NOPQ: Tensor, geometry:
     weight_shape, groups = geometry.conv.weight_shape, geometry.conv.groups
     if 0 in (pooled_NIhw.numel(), dy_NOPQ.numel()):
         return dy_NOPQ.new_zeros(weight_shape)
-    compute = dy_NOPQ.dtype if dy_NOPQ.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(dy_NOPQ.dtype)
     pooled, dy = pooled_NIhw.to(compute), dy_NOPQ.to(compute)
     n, out_channels = dy.shape[:2]
     grouped = pooled.reshape(n, groups, -1, pooled.shape[2] * pooled.shape[3])  # [N, groups, I / groups, blocks]

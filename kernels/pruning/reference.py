@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actpress.kernels.common.dtypes import compute_dtype
 from actpress.kernels.common.rounding import saturated
 
 SELECT = ("topk", "sample")
@@ -189,11 +190,6 @@ def weight_grad_reference(blocks: Blocks, dy_RO: Tensor, grid: Grid) -> Tensor:
         part = slice(start, start + step)
         dw.index_add_(0, column[part], values[part].to(dtype).mT @ dy_RO[rows[part]].to(dtype))
     return dw.view(-1, outputs)[: grid.columns].T.contiguous()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are taken in: half precisions in fp32."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _cut(x_RC: Tensor, grid: Grid) -> Tensor:

@@ -274,11 +274,16 @@ def encode_by_kernels(
     A sample sorts n fp64 numbers and runs about 45 operations, most of them on all n: some 800 bytes a block.
     """
     if x.numel() == 0:
-        return x.new_empty(0, height, width), x.new_empty(0, dtype=torch.int32)
+        return empty_blocks(x, height, width, 0)
     grid = Grid(x.shape[:-1].numel(), x.shape[-1], height, width)
     index, weight = select_reference(block_scores_triton(x, grid), kept, noise)
     index = index.to(torch.int32)
     return take_triton(x, grid, index, weight), index
+
+
+def empty_blocks(x: Tensor, height: int, width: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised values and index of `kept` blocks of x."""
+    return x.new_empty(kept, height, width), x.new_empty(kept, dtype=torch.int32)
 
 
 def slot_map(index: Tensor, grid: Grid) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.few_bit.reference import BITS, CHUNK, code_bytes, encode_reference, input_grad_reference
 from actpress.kernels.few_bit.tables import TABLES
 from actpress.measure import derivatives
@@ -76,7 +77,7 @@ def test_more_bits_are_better(function):
 @pytest.mark.parametrize("bits", BITS)
 def test_levels_are_those_of_the_intervals(bits, dtype, shape):
     x = (torch.randn(shape) * 2).to(dtype)
-    code, channels_last = encode_reference(x, "silu", bits)
+    code, channels_last = encode_reference(x, "silu", bits), is_channels_last(x)
     assert code.dtype == torch.uint8 and code.nbytes == code_bytes(x.numel(), bits)
     dy = torch.ones(shape, dtype=dtype)
     table = TABLES["silu"][bits]
@@ -90,7 +91,7 @@ def test_levels_are_those_of_the_intervals(bits, dtype, shape):
 def test_every_16_bit_input(function, bits, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
-    code, channels_last = encode_reference(x, function, bits)
+    code, channels_last = encode_reference(x, function, bits), is_channels_last(x)
     got = input_grad_reference(torch.ones_like(x, dtype=torch.float64), code, function, bits, channels_last)
     table = TABLES[function][bits]
     index = torch.bucketize(x.double(), torch.tensor(table["borders"], dtype=torch.float64), right=True)
@@ -111,10 +112,10 @@ def test_every_16_bit_input(function, bits, dtype):
 def test_any_strides(view):
     x = view(torch.randn(2, 5, 3, 4))
     dy = torch.randn_like(x)
-    code, channels_last = encode_reference(x, "gelu", 3)
+    code, channels_last = encode_reference(x, "gelu", 3), is_channels_last(x)
     got = input_grad_reference(dy, code, "gelu", 3, channels_last)
     plain = x.contiguous().reshape(-1)
-    code, channels_last = encode_reference(plain, "gelu", 3)
+    code, channels_last = encode_reference(plain, "gelu", 3), is_channels_last(plain)
     expected = input_grad_reference(dy.reshape(-1), code, "gelu", 3, channels_last).view(x.shape)
     assert torch.equal(got, expected)
 
@@ -124,19 +125,19 @@ def test_any_strides(view):
 def test_a_nan_makes_its_chunk_nan_and_nothing_else(bits, dtype):
     x = torch.randn(3 * CHUNK + 7).to(dtype)
     x[CHUNK + 5] = x[-1] = torch.nan
-    code, _ = encode_reference(x, "gelu", bits)
+    code = encode_reference(x, "gelu", bits)
     dx = input_grad_reference(torch.ones_like(x), code, "gelu", bits, False)
     chunk = torch.arange(x.numel()) // CHUNK
     assert torch.equal(dx.isnan(), (chunk == 1) | (chunk == 3))
     infinite = torch.where(x.isnan(), torch.inf, x)
-    dx = input_grad_reference(torch.ones_like(x), encode_reference(infinite, "gelu", bits)[0], "gelu", bits, False)
+    dx = input_grad_reference(torch.ones_like(x), encode_reference(infinite, "gelu", bits), "gelu", bits, False)
     assert dx.isfinite().all()
 
 
 def test_chunks_run_through_memory():
     x = torch.randn(2, 16, 16, 16).to(memory_format=torch.channels_last)
     x[1, 3, 2, 1] = torch.nan
-    code, channels_last = encode_reference(x, "silu", 3)
+    code, channels_last = encode_reference(x, "silu", 3), is_channels_last(x)
     dx = input_grad_reference(torch.ones_like(x), code, "silu", 3, channels_last)
     in_memory = dx.permute(0, 2, 3, 1).reshape(-1, CHUNK).isnan()
     assert channels_last and in_memory.any(1).sum() == 1 and in_memory.all(1).sum() == 1

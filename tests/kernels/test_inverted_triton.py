@@ -259,10 +259,10 @@ def test_not_a_number_stays_one(left, device, dtype):
 
 
 OPS = {
-    "left_bits": (op._left_bits, lambda x: (x, "silu", is_channels_last(x))),
-    "forward": (op._forward, lambda x: (x, "gelu_tanh", is_channels_last(x))),
+    "left_bits": (op._left_bits.op, lambda x: (x, "silu", is_channels_last(x))),
+    "forward": (op._forward.op, lambda x: (x, "gelu_tanh", is_channels_last(x))),
     "input_grad": (
-        op._input_grad,
+        op._input_grad.op,
         lambda x: (torch.ones_like(x), *reference.forward_reference(x, "gelu"), "gelu", is_channels_last(x)),
     ),
 }

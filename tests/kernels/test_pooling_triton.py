@@ -235,11 +235,11 @@ def test_taps_move_what_they_declare(channels, kernel, stride, size, block, memo
 
 def test_the_operations_are_well_formed():
     pooled, dy, geometry = inputs("3x3", 2, "ceil", "cpu", torch.float32)
-    torch.library.opcheck(op._conv2d_weight_grad, (pooled, dy, *geometry.numbers()))
+    torch.library.opcheck(op._conv2d_weight_grad.op, (pooled, dy, *geometry.numbers()))
     for memory_format in FORMATS.values():
         x = torch.randn(2, 3, 7, 9).contiguous(memory_format=memory_format)
-        torch.library.opcheck(op._pool, (x, 2, "ceil"))
-        torch.library.opcheck(op._pool, (x, 4, "authors"))
+        torch.library.opcheck(op._pool.op, (x, 2, "ceil"))
+        torch.library.opcheck(op._pool.op, (x, 4, "authors"))
 
 
 def test_the_operations_compile():
@@ -247,7 +247,7 @@ def test_the_operations_compile():
     x = torch.randn(2, 5, 7, 9)
 
     def both(x, pooled, dy):
-        return op._pool(x, 2, "ceil"), op._conv2d_weight_grad(pooled, dy, *geometry.numbers())
+        return op._pool.op(x, 2, "ceil"), op._conv2d_weight_grad.op(pooled, dy, *geometry.numbers())
 
     for name, ours, eager in zip(
         ("p(x)", "dW"), torch.compile(both, fullgraph=True)(x, pooled, dy), both(x, pooled, dy), strict=True
@@ -265,8 +265,9 @@ def test_a_cpu_takes_no_kernel_and_the_codec_asks_the_public_functions(monkeypat
     mimic_gpu(monkeypatch)
     called = []
     for name in ("_pool", "_conv2d_weight_grad"):
-        stock = getattr(op, name)
-        monkeypatch.setattr(op, name, lambda *given, stock=stock, name=name: called.append(name) or stock(*given))
+        operation = getattr(op, name)
+        run = operation.op
+        monkeypatch.setattr(operation, "op", lambda *given, run=run, name=name: called.append(name) or run(*given))
     layer = torch.nn.Sequential(torch.nn.Conv2d(5, 6, 3))
     actpress.apply(layer, actpress.methods.Pooling(2))
     layer(x).sum().backward()
@@ -287,7 +288,7 @@ def test_many_taps_are_decoded_before_anything_is_launched(kernel, stride, group
     pooled = pool_reference(x, block, "ceil")
     assert plan.has_too_many_taps(pooled, dy, geometry) == too_many
     monkeypatch.setattr(op, "conv2d_weight_grad_triton", lambda *_: ("the kernel", None))
-    dw = op._on_cuda(pooled, dy, *geometry.numbers())
+    dw = op._weight_grad_launcher(pooled, dy, *geometry.numbers())
     if too_many:
         exact = conv2d_weight_grad_reference(pooled.double(), dy.double(), geometry)
         assert_close("dW", dw, exact, 1e-6)  # sums of 1024 terms in fp32

@@ -341,11 +341,11 @@ def test_operations_are_registered_well():
     x = torch.randn(3, 25, 22)
     grid = block_grid(x.shape, (8, 8))
     for view in (x, x.transpose(1, 2)):
-        torch.library.opcheck(op._encode, (view, 8, 8, 10))
-        torch.library.opcheck(op._encode, (view, 8, 8, 10, torch.rand(1)))
+        torch.library.opcheck(op._encode.op, (view, 8, 8, 10))
+        torch.library.opcheck(op._encode.op, (view, 8, 8, 10, torch.rand(1)))
     blocks = encode_reference(x.reshape(75, 22), grid, 10)
-    torch.library.opcheck(op._decode, (*blocks, 75, 22))
-    torch.library.opcheck(op._weight_grad, (*blocks, torch.randn(3, 25, 6), 22))
+    torch.library.opcheck(op._decode.op, (*blocks, 75, 22))
+    torch.library.opcheck(op._weight_grad.op, (*blocks, torch.randn(3, 25, 6), 22))
 
 
 def test_operations_compile_in_one_graph():
@@ -353,8 +353,8 @@ def test_operations_compile_in_one_graph():
     grid = block_grid(x.shape, (8, 8))
 
     def run(x, dy):
-        blocks = op._encode(x, 8, 8, 9)
-        return op._decode(*blocks, 72, 40), op._weight_grad(*blocks, dy, 40)
+        blocks = op._encode.op(x, 8, 8, 9)
+        return op._decode.op(*blocks, 72, 40), op._weight_grad.op(*blocks, dy, 40)
 
     torch._dynamo.reset()
     decoded, dw = torch.compile(run, fullgraph=True, backend="aot_eager")(x, dy)
