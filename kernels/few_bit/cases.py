@@ -42,7 +42,7 @@ def cases() -> list[launch.Case]:
             tiny=partial(make, tiny, backward),
         )
 
-    # forward: as in inverted.cases. input_grad: dy in place of x, as good for stock's time.
+    # forward: tolerance as in inverted.cases. input_grad: stock gets dy in place of x, which takes the same time.
     return [
         case("encode", encode_triton, encode_reference, encode_bytes),
         case("forward", forward_triton, forward_reference, forward_bytes, lambda x, *_: F.gelu(x), 1e-3),

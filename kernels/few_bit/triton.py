@@ -22,7 +22,7 @@ CONFIGS: tuple[launch.Config, ...] = (
 
 @triton.jit
 def _one_of_2(b0, T: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """T[FIRST + STEP * n], where b0, b1, ... are the bits of n, the lowest first. Of four and eight alike: n - 1 selects."""
+    """T[FIRST + STEP * n], where b0, b1, ... are the bits of n, lowest first: one select. _one_of_4 takes three, _one_of_8 seven."""
     return tl.where(b0, T[FIRST + STEP], T[FIRST])
 
 
@@ -38,13 +38,13 @@ def _one_of_8(b0, b1, b2, T: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _byte(planes_ptr, i, group, count):
-    """Where plane i keeps a group; plane BITS: the byte of a chunk."""
+    """Pointer to the byte of a group in plane i. Plane BITS holds the NaN flags, one byte per chunk."""
     return planes_ptr + i * ((tl.full([], 7, tl.int64) + count) // 8) + group
 
 
 @triton.jit
 def _store_code(planes_ptr, x, group, count, BORDERS: tl.constexpr, BITS: tl.constexpr):
-    """Store the code of x [G, 8], G a multiple of 128: of each chunk whether it holds a NaN, and of each element the interval."""
+    """Store the code of x [G, 8], G a multiple of 128: the NaN flag of each chunk, and the interval of each element."""
     CHUNKS: tl.constexpr = x.numel // 1024
     nan = tl.max(tl.reshape((x != x).to(tl.int32), [CHUNKS, 1024]), axis=1)
     chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
@@ -54,9 +54,11 @@ def _store_code(planes_ptr, x, group, count, BORDERS: tl.constexpr, BITS: tl.con
 
 @triton.jit
 def _store_planes(planes_ptr, x, group, count, BORDERS: tl.constexpr, BITS: tl.constexpr):
-    """Find the code of x [G, 8], fp32, from its highest bit down: each bit says on which side of one border x lies, all found before
-    say which border that is. Bit i of a code goes to bit 8 * i of a word, so that eight of them, each moved by its place, are a byte
-    of every plane."""
+    """Compute the code of x [G, 8], fp32, by binary search from its highest bit down, and store its bit planes.
+
+    Each bit says on which side of a border x lies; the higher bits select the border. Bit i of a code goes to bit 8 * i of a word. The sum
+    of the eight words of a group, each shifted by its element's position, then holds the group's byte of every plane.
+    """
     HALF: tl.constexpr = 2 ** (BITS - 1)  # borders are counted from 0
     top = x >= BORDERS[HALF - 1]
     word = top.to(tl.uint32) << (8 * (BITS - 1))
@@ -151,7 +153,7 @@ def encode_triton(x: Tensor, function: str, bits: int, config: launch.Config = C
 
 
 def forward_triton(x: Tensor, function: str, bits: int, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
-    """`forward_reference` in one pass; the code is equal bit for bit, y differs as that of inverted.forward_triton does."""
+    """`forward_reference` in one pass. The code is equal bit for bit; y differs as that of inverted.triton.forward_triton does."""
     x = dense(x)
     y, code = torch.empty_like(x), empty_code(x, bits)
     constexprs = {"FUNCTION": function, "BORDERS": BORDERS[function, bits, x.dtype], "BITS": bits}

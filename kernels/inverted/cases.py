@@ -53,8 +53,8 @@ def cases() -> list[launch.Case]:
         )
 
     backward = input_grad_triton, input_grad_from_bits_reference, backward_bytes
-    # Tolerance: an output in fifty may differ in the last of bf16's bits, sqrt(1 / 50) 2^-8 = 6e-4. Stock's backward pass is given y for x,
-    # which takes it as long.
+    # Tolerance: one output in fifty may differ in the last bit of bf16, sqrt(1 / 50) 2^-8 = 6e-4. Stock's backward pass gets y in place of
+    # x, which takes the same time.
     return [
         case("left_bits", "gelu", left_bits_triton, left_bits_reference, bits_bytes),
         case("forward", "gelu", forward_triton, forward_reference, forward_bytes, lambda x, _: F.gelu(x), 1e-3),

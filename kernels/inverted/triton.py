@@ -115,9 +115,8 @@ def _horner(u, COEFFICIENTS: tl.constexpr):
 def _derivative(y, left, K: tl.constexpr):
     """`derivative_reference` of y, fp32, and left, bool. Both branches share a root and a quotient."""
     NAN: tl.constexpr = tl.PropagateNan.ALL
-    if (
-        K.scale != 1.0
-    ):  # no output is below -1; without the bound the product would not be rounded before y* is taken off
+    if K.scale != 1.0:
+        # No output is below -1. Without the bound the compiler would not round the product before y* is subtracted.
         y = tl.maximum(y * K.scale, -1.0, propagate_nan=NAN)
     y = tl.minimum(y, K.saturation, propagate_nan=NAN)
     near = y - K.high
@@ -132,9 +131,9 @@ def _derivative(y, left, K: tl.constexpr):
         series = part * (1.0 + part * (1 / 2 + part * (1 / 3 + part * (1 / 4 + part * (1 / 5)))))
         log = tl.where(part < 0.0625, series * LOG2_E, log)
     else:
-        log = tl.maximum(log, 0.0, propagate_nan=NAN)  # 1 may come back as not quite 0
+        log = tl.maximum(log, 0.0, propagate_nan=NAN)  # the logarithm of 1 may be slightly negative
     u = tl.sqrt(tl.where(left, log, gap))
-    LEFT_N: tl.constexpr = K.left_numerator  # Triton 3.6 passes on no attribute
+    LEFT_N: tl.constexpr = K.left_numerator  # Triton 3.6 cannot pass an attribute to a function
     LEFT_D: tl.constexpr = K.left_denominator
     RIGHT_N: tl.constexpr = K.right_numerator
     RIGHT_D: tl.constexpr = K.right_denominator
@@ -199,11 +198,11 @@ def left_bits_triton(x: Tensor, function: str, config: launch.Config = CONFIGS[0
 
 
 def forward_triton(x: Tensor, function: str, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
-    """`forward_reference` in one pass. The bit is equal; y is computed in fp32 and rounded once, with other instructions than stock's.
+    """`forward_reference` in one pass. The bits are equal. y is computed in fp32 and rounded once, with other instructions than stock's.
 
-    Before it is rounded y is within 1e-6 |x| of function(x). Most 16-bit outputs are then stock's; the others differ in the last bit, by
-    more only in the far left tail, where 1 + erf and 1 + tanh cancel, and for quick_gelu, which stock rounds three times. For an infinite
-    x gelu may be NaN. d from an fp32 y is off by up to 3.2e-4, from stock's y by up to 1.6e-4.
+    Before rounding y is within 1e-6 |x| of function(x). So most 16-bit outputs equal stock's, and the others differ in the last bit. They
+    differ by more only in the far left tail, where 1 + erf and 1 + tanh cancel, and for quick_gelu, which stock rounds three times. For an
+    infinite x gelu may be NaN. The error of d is up to 3.2e-4 for an fp32 y of this kernel, up to 1.6e-4 for stock's.
     """
     x = dense(x)
     y, packed = torch.empty_like(x), x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
@@ -217,8 +216,9 @@ def input_grad_triton(
 ) -> Tensor:
     """`input_grad_from_bits_reference` in one pass, with the device's approximate roots, exponential and logarithm.
 
-    If each of these is off by as much as the PTX manual allows, d differs from the reference by up to 2e-6 for fp32 outputs, and for 16-bit
-    ones by 2e-4 where y is y* exactly, 1e-5 elsewhere; against the exact derivative it is no worse than the reference in two digits.
+    If each of these errs by as much as the PTX manual allows, d differs from the reference by up to 2e-6 for fp32 outputs. For 16-bit
+    outputs it differs by up to 2e-4 where y equals y*, by up to 1e-5 elsewhere. Its error against the exact derivative equals the
+    reference's in two digits.
     """
     dy, y = dense_as(dy, channels_last), dense_as(y, channels_last)
     dx = torch.empty_like(dy)

@@ -28,24 +28,41 @@ from actpress.kernels.pruning.triton import (
 )
 from actpress.kernels.pruning.triton_product import EXACT_CONFIGS, TENSOR_CONFIGS, is_exact, plan_of, weight_grad_triton
 
+INPUTS = {  # of Linear layers of ResMLP-S12 at batch 128; the cross-patch layer reads a transposed view
+    "fc1": lambda dtype, device: torch.randn(25088, 384, dtype=dtype, device=device),
+    "fc2": lambda dtype, device: torch.randn(25088, 1536, dtype=dtype, device=device),
+    "patches": lambda dtype, device: torch.randn(128, 196, 384, dtype=dtype, device=device).transpose(1, 2),
+}
+
 
 def random_blocks(grid: Grid, sparsity: float, dtype: torch.dtype, device: str) -> Blocks:
-    """Normal values in blocks anywhere: what benchmarks multiply."""
+    """Normal values in blocks at random positions."""
     kept = kept_blocks(grid, sparsity)
     index = torch.randperm(grid.down * grid.across, device=device)[:kept].sort().values.to(torch.int32)
     return Blocks(torch.randn(kept, grid.height, grid.width, dtype=dtype, device=device), index)
 
 
 def cases() -> list[launch.Case]:
-    """All cases of the family."""
-    return [*block_cases(), *product_cases()]
+    """All cases of the family. 80% of the blocks are dropped, if the name gives no other number."""
+    blocks = [("fc1", block) for block in ((8, 8), (16, 16), (32, 32), (1, 384))]
+    blocks += [("fc2", (8, 8)), ("patches", (8, 8))]
+    return [
+        *(case for layer, block in blocks for case in _encode_cases(layer, block)),
+        *(_decode_case(block) for block in ((8, 8), (1, 384))),
+        *product_cases(),
+    ]
 
 
-def block_cases() -> list[launch.Case]:
-    """Linear inputs of ResMLP-S12 at batch 128: of fc1 (25088 x 384), of fc2 (25088 x 1536), and of the cross-patch layer, a transposed
-    view 128 x 384 x 196. 80% of the blocks are dropped."""
+def _encode_cases(layer: str, block: tuple[int, int]) -> list[launch.Case]:
+    """Scores, and copying of the kept blocks, of the input of one layer."""
 
-    def block_of(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Grid]:
+    def make(dtype: torch.dtype, device: str) -> tuple[Tensor, Grid]:
+        x = INPUTS[layer](dtype, device)
+        return x, block_grid(x.shape, block)
+
+    def tiny(dtype: torch.dtype, device: str) -> tuple[Tensor, Grid]:
+        x = torch.randn(2, 60, 40, dtype=dtype, device=device)
+        x = x.transpose(1, 2) if layer == "patches" else x
         return x, block_grid(x.shape, block)
 
     def with_index(x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor]:
@@ -57,80 +74,65 @@ def block_cases() -> list[launch.Case]:
     def take_bytes(x: Tensor, grid: Grid, index: Tensor) -> int:
         return index.numel() * (2 * grid.height * grid.width * x.itemsize + 4)
 
-    def decode_inputs(block: tuple[int, int], rows: int, columns: int):
+    name = f"{layer}_{block[0]}x{block[1]}"
+    return [
+        launch.Case(
+            f"prune_scores_{name}",
+            make,
+            block_scores_triton,
+            lambda x, grid: block_scores_reference(as_matrix(x), grid),
+            scores_bytes,
+            scores_bytes,
+            SCORES_CONFIGS,
+            tolerance=1e-6,  # up to 1024 fp32 terms, summed in another order
+            tiny=tiny,
+        ),
+        launch.Case(
+            f"prune_take_{name}",
+            lambda dtype, device: with_index(*make(dtype, device)),
+            lambda x, grid, index, config: take_triton(x, grid, index, config=config),
+            lambda x, grid, index: take_reference(as_matrix(x), grid, index).contiguous(),
+            take_bytes,
+            take_bytes,
+            TAKE_CONFIGS,
+            tiny=lambda dtype, device: with_index(*tiny(dtype, device)),
+        ),
+    ]
+
+
+def _decode_case(block: tuple[int, int]) -> launch.Case:
+    """Decoding of the input of fc1."""
+
+    def inputs(rows: int, columns: int):
         grid = block_grid(torch.Size((rows, columns)), block)
         return lambda dtype, device: (*random_blocks(grid, 0.8, dtype, device), rows, columns)
 
-    def decode_floor(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
+    def reference(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+        return decode_reference(Blocks(values, index), Grid(rows, columns, *values.shape[1:])).contiguous()
+
+    def floor(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
         return launch.nbytes(values, index) + rows * columns * values.itemsize
 
-    def decode_bytes(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
+    def moved(values: Tensor, index: Tensor, rows: int, columns: int) -> int:
         grid = Grid(rows, columns, *values.shape[1:])  # the map: filled, set where kept, read
-        return decode_floor(values, index, rows, columns) + 8 * grid.down * grid.across + 4 * index.numel()
+        return floor(values, index, rows, columns) + 8 * grid.down * grid.across + 4 * index.numel()
 
-    shapes = {
-        "fc1": lambda dtype, device: torch.randn(25088, 384, dtype=dtype, device=device),
-        "fc2": lambda dtype, device: torch.randn(25088, 1536, dtype=dtype, device=device),
-        "patches": lambda dtype, device: torch.randn(128, 196, 384, dtype=dtype, device=device).transpose(1, 2),
-    }
-    chosen = [("fc1", block) for block in ((8, 8), (16, 16), (32, 32), (1, 384))]
-    chosen += [("fc2", (8, 8)), ("patches", (8, 8))]
-    found = []
-    for layer, block in chosen:
-        name = f"{layer}_{block[0]}x{block[1]}"
-
-        def make(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
-            return block_of(shapes[layer](dtype, device), block)
-
-        def tiny(dtype: torch.dtype, device: str, layer: str = layer, block: tuple[int, int] = block) -> tuple:
-            x = torch.randn(2, 60, 40, dtype=dtype, device=device)
-            return block_of(x.transpose(1, 2) if layer == "patches" else x, block)
-
-        found += [
-            launch.Case(
-                f"prune_scores_{name}",
-                make,
-                block_scores_triton,
-                lambda x, grid: block_scores_reference(as_matrix(x), grid),
-                scores_bytes,
-                scores_bytes,
-                SCORES_CONFIGS,
-                tolerance=1e-6,  # up to 1024 fp32 terms, summed in another order
-                tiny=tiny,
-            ),
-            launch.Case(
-                f"prune_take_{name}",
-                lambda dtype, device, make=make: with_index(*make(dtype, device)),
-                lambda x, grid, index, config: take_triton(x, grid, index, config=config),
-                lambda x, grid, index: take_reference(as_matrix(x), grid, index).contiguous(),
-                take_bytes,
-                take_bytes,
-                TAKE_CONFIGS,
-                tiny=lambda dtype, device, tiny=tiny: with_index(*tiny(dtype, device)),
-            ),
-        ]
-    for block in ((8, 8), (1, 384)):
-        found.append(
-            launch.Case(
-                f"prune_decode_fc1_{block[0]}x{block[1]}",
-                decode_inputs(block, 25088, 384),
-                decode_triton,
-                lambda values, index, rows, columns: decode_reference(
-                    Blocks(values, index), Grid(rows, columns, *values.shape[1:])
-                ).contiguous(),
-                decode_bytes,
-                decode_floor,
-                DECODE_CONFIGS,
-                tiny=decode_inputs(block, 60, 40),
-            )
-        )
-    return found
+    return launch.Case(
+        f"prune_decode_fc1_{block[0]}x{block[1]}",
+        inputs(25088, 384),
+        decode_triton,
+        reference,
+        moved,
+        floor,
+        DECODE_CONFIGS,
+        tiny=inputs(60, 40),
+    )
 
 
 def product_cases() -> list[launch.Case]:
     """Weight gradients of ResMLP-S12 at batch 128: fc1 (384 -> 1536) and fc2 (1536 -> 384) over 25088 tokens, blocks dropped at random.
 
-    stock is the dense product, for which x comes along as the last input. "ieee" and "tf32" are two ways to multiply fp32.
+    stock is the dense product; the last input is its x. "ieee" and "tf32" are two ways to multiply fp32.
     """
 
     def inputs(tokens: int, features: int, outputs: int, block: tuple[int, int], sparsity: float):
@@ -171,7 +173,7 @@ def product_cases() -> list[launch.Case]:
     for layer, features, outputs in (("fc1", 384, 1536), ("fc2", 1536, 384)):
         for side, percent in itertools.product((8, 16, 32), (80, 90)):
             name = f"prune_weight_grad_{layer}_{side}x{side}_{percent}"
-            # The code is that of 80%; at 90% other groups may be faster.
+            # The compiled code is that of 80%; at 90% another width of the groups may be faster.
             tensor, exact = (
                 (TENSOR_CONFIGS, EXACT_CONFIGS) if percent == 80 else (TENSOR_CONFIGS[::2], EXACT_CONFIGS[:1])
             )
@@ -184,7 +186,7 @@ def product_cases() -> list[launch.Case]:
             }
             plain = {**common, "kernel": kernel, "stock": stock, "moved": weight_grad_bytes}
             halves = (torch.float16, torch.bfloat16)
-            # Tolerances: 2500 to 5000 fp32 terms an element in another order, and rounded towards zero on tensor cores.
+            # Tolerances: 2500 to 5000 fp32 terms per element in another order, rounded towards zero on tensor cores.
             found.append(launch.Case(name, configs=tensor, dtypes=halves, tolerance=2e-5, **plain))
             found.append(launch.Case(f"{name}_ieee", configs=exact, dtypes=(torch.float32,), tolerance=5e-6, **plain))
             if percent == 80:
@@ -196,7 +198,7 @@ def product_cases() -> list[launch.Case]:
                         moved=with_tf32(weight_grad_bytes),
                         configs=tensor,
                         dtypes=(torch.float32,),
-                        tolerance=2e-3,  # factors cut to 11 bits: up to 2^-10 of each
+                        tolerance=2e-3,  # factors rounded to 11 bits: up to 2^-10 of each
                         **common,
                     )
                 )
@@ -204,10 +206,10 @@ def product_cases() -> list[launch.Case]:
 
 
 def weight_grad_bytes(values: Tensor, index: Tensor, dy: Tensor, columns: int, *_: object) -> int:
-    """Device memory moved in the default configuration, at most: with all block rows on the lists of those visited.
+    """The most device memory that the default configuration moves: that of all block rows being visited.
 
-    Rows of dY and values are counted once, although programs of several columns or outputs read them: those run together, and L2 serves
-    them.
+    Rows of dY and values are counted once, although programs of several columns or outputs read them: those programs run at the same time,
+    and the L2 cache serves them.
     """
     rows, outputs = as_matrix(dy).shape
     grid = Grid(rows, columns, *values.shape[1:])

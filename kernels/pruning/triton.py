@@ -54,7 +54,7 @@ def _scores_kernel(
     TW: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """TH x TW blocks a program, read in pieces of BH x BW of each."""
+    """A program reads TH x TW blocks, in pieces of BH x BW of each."""
     tiles = tl.cdiv(across, TW)
     i = tl.program_id(0) // tiles * TH
     j = tl.program_id(0) % tiles * TW
@@ -62,7 +62,7 @@ def _scores_kernel(
     c = tl.arange(0, TW * BW)
     total = tl.zeros([TH * BH, TW * BW], dtype=tl.float32)
     for top in range(0, HEIGHT, BH):
-        # Written so that neighbours are seen to be neighbours where a piece is as high, or wide, as the block.
+        # Where a piece is as high, or wide, as the block, the compiler must see that neighbours are contiguous.
         row = i * HEIGHT + r if BH == HEIGHT else (i + r // BH) * HEIGHT + top + r % BH
         row_inside = (row < rows) & (top + r % BH < HEIGHT)
         x_row_ptr = x_ptr + row_offset(row, size, outer, inner, TWO_LEVELS)
@@ -104,7 +104,7 @@ def _take_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """COUNT kept blocks a program, copied in pieces of BH x BW of each."""
+    """A program copies COUNT kept blocks, in pieces of BH x BW of each."""
     slot = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     position = tl.load(index_ptr + slot, mask=slot < kept, other=0)
     weight = tl.load(weight_ptr + slot, mask=slot < kept, other=0.0) if weight_ptr is not None else None
@@ -151,7 +151,7 @@ def _decode_kernel(
     TW: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """TH x TW blocks a program, written in pieces of BH x BW of each; tiles are [TH, BH, TW, BW]."""
+    """A program writes TH x TW blocks, in pieces of BH x BW of each; tiles are [TH, BH, TW, BW]."""
     tiles = tl.cdiv(across, TW)
     i = tl.program_id(0) // tiles * TH + tl.arange(0, TH)
     j = tl.program_id(0) % tiles * TW + tl.arange(0, TW)
@@ -216,8 +216,8 @@ def _tiling(grid: Grid, tile: int, rows_contiguous: bool = False) -> dict[str, i
 def block_scores_triton(x: Tensor, grid: Grid, config: launch.Config = SCORES_CONFIGS[0]) -> Tensor:
     """`block_scores_reference` of x [..., C] of any strides, in one read: fp32 [n].
 
-    Differs in the order of sums: per piece of a block, then over pieces. Both are within bh * bw roundings of 2^-24 of the exact mean, and
-    equal where sums are exact. Where scores tie to within that, another block may be selected.
+    Differs in the order of sums: first over a piece of a block, then over pieces. Both are within bh * bw roundings of 2^-24 of the exact
+    mean, and equal where sums are exact. Among scores that close, another block may be selected.
     """
     x, strides = matrix(x)
     scores = x.new_empty(grid.down * grid.across, dtype=torch.float32)
@@ -238,9 +238,9 @@ def block_scores_triton(x: Tensor, grid: Grid, config: launch.Config = SCORES_CO
 def take_triton(
     x: Tensor, grid: Grid, index: Tensor, weight: Tensor | None = None, config: launch.Config = TAKE_CONFIGS[0]
 ) -> Tensor:
-    """`take_reference` of x [..., C] of any strides, int32 index [K] and fp32 weight [K]: one read of those blocks. Equal bit for bit.
+    """`take_reference` of x [..., C] of any strides, int32 index [K] and fp32 weight [K]. Reads only these blocks; equal bit for bit.
 
-    Rows of a block shorter than 32 bytes waste the rest of the sector they lie in.
+    If a row of a block is shorter than a memory sector, 32 bytes, the rest of the sector is read in vain.
     """
     index, (x, strides) = index.contiguous(), matrix(x)
     values = x.new_empty(index.numel(), grid.height, grid.width)
@@ -266,12 +266,12 @@ def take_triton(
 def encode_by_kernels(
     x: Tensor, height: int, width: int, kept: int, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`encode_reference` of x [..., C] of any strides. Differs as `block_scores_triton` does: in what is selected, and in the
-    last bits of a sample's weights.
+    """`encode_reference` of x [..., C] of any strides. Differs as `block_scores_triton` does: in the selection among nearly equal scores,
+    and in the last bits of a sample's weights.
 
-    Selection is left to PyTorch: two sorts, of n fp32 scores and of K positions. As radix sorts, about seven and eleven launches, they pass
-    4 and 8 times over key and position: some 120 bytes a block and 260 a kept one, 170 a block at 80%, where an 8x8 block of fp32 is 256.
-    A sample sorts n fp64 numbers and runs about 45 operations, most of them on all n: some 800 bytes a block.
+    PyTorch selects, by two sorts: of n fp32 scores and of K positions. They are radix sorts of about seven and eleven launches, which pass
+    4 and 8 times over key and position: about 120 bytes per block and 260 per kept block, or 170 per block at 80%. An 8x8 block of fp32
+    has 256 bytes. A sample sorts n fp64 numbers and runs about 45 operations, most of them on all n: about 800 bytes per block.
     """
     if x.numel() == 0:
         return empty_blocks(x, height, width, 0)
@@ -287,7 +287,7 @@ def empty_blocks(x: Tensor, height: int, width: int, kept: int) -> tuple[Tensor,
 
 
 def slot_map(index: Tensor, grid: Grid) -> Tensor:
-    """Positions [K] -> the slot of each block, int32 [n], -1 where it was dropped."""
+    """Positions [K] -> for each block of the grid its slot in `values`, int32 [n]; -1 for dropped blocks."""
     slots = index.new_full((grid.down * grid.across,), -1)
     programs = (cdiv(index.numel(), 1024),)
     launch.run(_map_kernel, programs, index.contiguous(), slots, index.numel(), BLOCK=1024, num_warps=4)
@@ -297,9 +297,9 @@ def slot_map(index: Tensor, grid: Grid) -> Tensor:
 def decode_triton(
     values: Tensor, index: Tensor, rows: int, columns: int, config: launch.Config = DECODE_CONFIGS[0]
 ) -> Tensor:
-    """`decode_reference` [rows, columns] in one write of x~ and one read of what is kept; equal bit for bit.
+    """`decode_reference` [rows, columns]: one write of x~, one read of the kept blocks; equal bit for bit.
 
-    The map moves 8 bytes a block and 8 a kept one on top, 4% of an 8x8 block in fp32.
+    The slot map moves 8 bytes per block and 8 per kept block in addition, 4% of an 8x8 block in fp32.
     """
     grid = Grid(rows, columns, *values.shape[1:])
     x = values.new_empty(rows, columns)
@@ -319,4 +319,5 @@ def decode_triton(
 
 
 def options_of(config: launch.Config) -> dict[str, int]:
+    """The launch options of a configuration."""
     return {name: config[name] for name in ("num_warps", "num_stages") if name in config}

@@ -33,8 +33,8 @@ from actpress.kernels.common.launch import cdiv, next_power_of_2, tl, triton
 from actpress.kernels.pruning.reference import Grid
 from actpress.kernels.pruning.triton import matrix, options_of, row_offset, slot_map
 
-# A program computes OUTPUTS x COLUMNS of dW at most, block columns grouped up to GROUPED columns, from DEPTH bytes of gathered rows at a
-# time; there are about PROGRAMS of them. SPLIT: fp32 products as three of tf32.
+# A program computes at most OUTPUTS x COLUMNS of dW, with block columns in groups of up to GROUPED columns, from DEPTH bytes of gathered
+# rows at a time. There are about PROGRAMS programs. SPLIT: an fp32 product is computed as three tf32 products.
 TENSOR_CONFIGS: tuple[launch.Config, ...] = (
     {"OUTPUTS": 128, "COLUMNS": 128, "GROUPED": 128, "DEPTH": 128, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
     {"OUTPUTS": 128, "COLUMNS": 64, "GROUPED": 64, "DEPTH": 128, "PROGRAMS": 528, "num_warps": 4, "num_stages": 3},
@@ -61,7 +61,7 @@ def _lists_kernel(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Where, in one segment of block rows, one group of block columns keeps something: the first row, and the slots kept there."""
+    """List the block rows of one segment in which one group of block columns keeps a block: their first rows, and the slots kept there."""
     group = tl.program_id(0)
     piece = tl.program_id(1).to(tl.int64) * groups + group
     g = tl.arange(0, GROUP)
@@ -107,7 +107,7 @@ def _weight_grad_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BO, GROUP * W] of the part of dW that one segment of block rows contributes. TILES: of W columns in a block."""
+    """Compute [BO, GROUP * W] of the part of dW that one segment of block rows contributes. TILES: tiles of W columns in a block."""
     group = tl.program_id(0) // TILES
     left = tl.program_id(0) % TILES * W
     w = left + tl.arange(0, W)
@@ -118,11 +118,11 @@ def _weight_grad_kernel(
     slots_ptr += piece * segment * GROUP
     dw = tl.zeros([GROUP * W, BO], dtype=tl.float32)
     for start in range(0, count, BK):
-        # Past the end, and past the matrix's edge, the last row stands in: it meets zeros.
+        # Past the end, and past the edge of the matrix, the last row is read instead: it meets zeros.
         inside = start + tl.arange(0, BK) < count
         k = tl.minimum(start + tl.arange(0, BK), count - 1)
         entry, h = k // HEIGHT, k % HEIGHT
-        first = tl.minimum(tl.load(rows_ptr + entry), rows - 1)  # no change, but a bound on what was loaded
+        first = tl.minimum(tl.load(rows_ptr + entry), rows - 1)  # changes nothing: bounds the loaded value
         dy_row_ptr = dy_ptr + row_offset(tl.minimum(first + h, rows - 1), size, outer, inner, TWO_LEVELS)
         if EVEN:
             dy = tl.load(dy_row_ptr[:, None] + o[None, :])
@@ -176,11 +176,12 @@ def weight_grad_triton(
 ) -> Tensor:
     """`weight_grad_reference` of values [K, bh, bw], index [K] and dy [..., O] -> dW [O, columns] fp32, with sums in fp32.
 
-    Differs in the order of sums, and on tensor cores in how they round: towards zero. Products of fp16 and bf16 are exact, as in the
-    reference. Those of fp32 are fp32's, on CUDA cores, or, where torch.backends.cuda.matmul allows tf32, of factors cut to 11 bits: up to
-    2^-10 of each. SPLIT, three tf32 products, leaves about 2^-21. The default configuration depends on this precision alone.
+    Differs in the order of sums, and in their rounding on tensor cores: towards zero. Products of fp16 and bf16 are exact, as in the
+    reference. Products of fp32 have fp32's precision and run on CUDA cores. Where torch.backends.cuda.matmul allows tf32, their factors are
+    rounded to 11 bits: an error of up to 2^-10 each. SPLIT (three tf32 products) leaves about 2^-21. The default configuration depends on
+    this precision alone.
 
-    Reads nothing on the host. A dy whose last dimension is not contiguous is copied; mixed dtypes are cast to fp32.
+    Reads no value on the host. A dy whose last dimension is not contiguous is copied; mixed dtypes are cast to fp32.
     """
     if 0 in (values.numel(), dy.numel()):
         return dy.new_zeros(dy.shape[-1], columns, dtype=torch.float32)
@@ -192,48 +193,40 @@ def weight_grad_triton(
     dy, strides = matrix(dy if dy.stride(-1) == 1 else dy.contiguous())
     grid, outputs = Grid(dy.shape[:-1].numel(), columns, *values.shape[1:]), dy.shape[-1]
 
-    w, group, groups, tiles, segment, segments = plan_of(grid, outputs, config)
-    visited = index.new_empty(segments, groups, segment)
-    slots = index.new_empty(segments, groups, segment, group)
-    counts = index.new_empty(segments, groups)
-    chunk = max(16, min(2048 // group, next_power_of_2(segment)))
-    launch.run(
-        _lists_kernel,
-        (groups, segments),
-        *(slot_map(index, grid), visited, slots, counts, grid.down, grid.across, groups, segment),
-        HEIGHT=grid.height,
-        GROUP=group,
-        CHUNK=chunk,
-        num_warps=8,
-    )
-    dw = dy.new_empty(segments, outputs, columns, dtype=torch.float32)
+    plan = plan_of(grid, outputs, config)
+    dw = dy.new_empty(plan.segments, outputs, columns, dtype=torch.float32)
     launch.run(
         _weight_grad_kernel,
-        (groups * tiles, cdiv(outputs, config["OUTPUTS"]), segments),
-        *(
-            values.contiguous(),
-            visited,
-            slots,
-            counts,
-            dy,
-            dw,
-            grid.rows,
-            columns,
-            outputs,
-            *strides[:3],
-            groups,
-            segment,
-        ),
+        (plan.groups * plan.tiles, cdiv(outputs, config["OUTPUTS"]), plan.segments),
+        *(values.contiguous(), *_visited(index, grid, plan), dy, dw),
+        *(grid.rows, columns, outputs, *strides[:3], plan.groups, plan.segment),
         TWO_LEVELS=strides.two_levels,
         HEIGHT=grid.height,
         WIDTH=grid.width,
-        GROUP=group,
-        W=w,
-        TILES=tiles,
+        GROUP=plan.group,
+        W=plan.w,
+        TILES=plan.tiles,
         BO=config["OUTPUTS"],
         BK=config["DEPTH"] // dy.itemsize,
         EVEN=outputs % config["OUTPUTS"] == 0,
         PRECISION=precision,
         **options_of(config),
     )
-    return dw.sum(0) if segments > 1 else dw[0]
+    return dw.sum(0) if plan.segments > 1 else dw[0]
+
+
+def _visited(index: Tensor, grid: Grid, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """For each segment and group: the first rows of the block rows to visit, their slots, and their number."""
+    rows = index.new_empty(plan.segments, plan.groups, plan.segment)
+    slots = index.new_empty(plan.segments, plan.groups, plan.segment, plan.group)
+    counts = index.new_empty(plan.segments, plan.groups)
+    launch.run(
+        _lists_kernel,
+        (plan.groups, plan.segments),
+        *(slot_map(index, grid), rows, slots, counts, grid.down, grid.across, plan.groups, plan.segment),
+        HEIGHT=grid.height,
+        GROUP=plan.group,
+        CHUNK=max(16, min(2048 // plan.group, next_power_of_2(plan.segment))),
+        num_warps=8,
+    )
+    return rows, slots, counts
