@@ -223,7 +223,7 @@ def predictions(monkeypatch):
             "dirty": False,
             "date": f"2026-01-01T00:00:{saved % 60}",
         }
-        monkeypatch.setattr(table_rows.record, "environment", lambda device: here)
+        monkeypatch.setattr(provenance, "environment", lambda device: here)
 
     return predict
 
