@@ -6,8 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from actpress.kernels import max_pool
+from actpress.kernels.common import launch
+from actpress.kernels.common.launch import tl
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.max_pool import Window, launchers
+from actpress.kernels.max_pool import Window, op
+from actpress.kernels.max_pool.cases import cases, max_pool2d_backward_bytes, max_pool2d_bytes
+from actpress.kernels.max_pool.triton import CONFIGS, max_pool2d_backward_triton, max_pool2d_triton
 from devices import BACKENDS, DEVICES, assert_same, last_program_only, traffic
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -51,8 +55,8 @@ def values(shape, dtype, device, memory_format=torch.contiguous_format):
     return x.to(device).to(memory_format=memory_format)
 
 
-def compare_forward(x, window, ceil_mode, config=max_pool.CONFIGS[0]):
-    y, offset = max_pool.max_pool2d_triton(x, window, ceil_mode, config)
+def compare_forward(x, window, ceil_mode, config=CONFIGS[0]):
+    y, offset = max_pool2d_triton(x, window, ceil_mode, config)
     expected, index = F.max_pool2d(x, *window, ceil_mode, return_indices=True)
     assert_same("y", y, expected)
     assert_same("offset", offset, max_pool.max_pool2d_reference(x, window, ceil_mode)[1])
@@ -64,8 +68,8 @@ def compare_forward(x, window, ceil_mode, config=max_pool.CONFIGS[0]):
     return offset
 
 
-def compare_backward(dy, offset, shape, window, channels_last, config=max_pool.CONFIGS[0]):
-    ours = max_pool.max_pool2d_backward_triton(dy, offset, shape, window, channels_last, config)
+def compare_backward(dy, offset, shape, window, channels_last, config=CONFIGS[0]):
+    ours = max_pool2d_backward_triton(dy, offset, shape, window, channels_last, config)
     # on the CPU, where fp32 is summed in the same order, and the operation is deterministic
     expected = max_pool.max_pool2d_backward_reference(dy.float().cpu(), offset.cpu(), shape, window, channels_last)
     assert_same("dx", ours.cpu(), expected.to(dy.dtype))
@@ -84,7 +88,7 @@ def test_max_pool(geometry, memory_format, device, dtype):
     compare_backward(dy, offset, shape, window, is_channels_last(x))
 
 
-@pytest.mark.parametrize("config", max_pool.CONFIGS[1:], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_configuration_computes_the_same(config, memory_format, device):
@@ -111,8 +115,8 @@ def test_gradient_equals_that_of_stock(device):
     with torch.random.fork_rng():
         torch.use_deterministic_algorithms(False)  # stock's gradient is not, on CUDA
         (expected,) = torch.autograd.grad(F.max_pool2d(x, *RESNET), x, dy)
-    _, offset = max_pool.max_pool2d_triton(x.detach(), RESNET, False)
-    ours = max_pool.max_pool2d_backward_triton(dy, offset, x.shape, RESNET, False)
+    _, offset = max_pool2d_triton(x.detach(), RESNET, False)
+    ours = max_pool2d_backward_triton(dy, offset, x.shape, RESNET, False)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # up to four numbers in another order on CUDA
 
 
@@ -123,12 +127,12 @@ def test_kernels_move_what_their_cases_declare(geometry, memory_format):
     shape, window, ceil_mode = GEOMETRIES[geometry]
     x = values(shape, torch.float16 if geometry == "many channels" else torch.float32, "cpu", memory_format)
     with traffic() as moved:
-        y, offset = max_pool.max_pool2d_triton(x, window, ceil_mode)
-    assert moved.total == max_pool.max_pool2d_bytes(x, window, ceil_mode)
+        y, offset = max_pool2d_triton(x, window, ceil_mode)
+    assert moved.total == max_pool2d_bytes(x, window, ceil_mode)
     inputs = y, offset, shape, window, is_channels_last(y)
     with traffic() as moved:
-        max_pool.max_pool2d_backward_triton(*inputs)
-    assert moved.total == max_pool.max_pool2d_backward_bytes(*inputs)
+        max_pool2d_backward_triton(*inputs)
+    assert moved.total == max_pool2d_backward_bytes(*inputs)
 
 
 @pytest.mark.quick(1)
@@ -138,16 +142,16 @@ def test_tiles_that_share_borders_move_what_their_cases_declare(shape, memory_fo
     x = torch.randn(shape).to(memory_format=memory_format)
     config = {"BLOCK": 256, "num_warps": 4}
     with traffic() as moved:
-        y, offset = max_pool.max_pool2d_triton(x, RESNET, False, config)
-    assert moved.total == max_pool.max_pool2d_bytes(x, RESNET, False, config) > x.nbytes + y.nbytes + offset.nbytes
+        y, offset = max_pool2d_triton(x, RESNET, False, config)
+    assert moved.total == max_pool2d_bytes(x, RESNET, False, config) > x.nbytes + y.nbytes + offset.nbytes
     inputs = y, offset, shape, RESNET, is_channels_last(y), config
     with traffic() as moved:
-        max_pool.max_pool2d_backward_triton(*inputs)
-    assert moved.total == max_pool.max_pool2d_backward_bytes(*inputs) > x.nbytes + y.nbytes + offset.nbytes
+        max_pool2d_backward_triton(*inputs)
+    assert moved.total == max_pool2d_backward_bytes(*inputs) > x.nbytes + y.nbytes + offset.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", max_pool.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_at_a_real_size_little_is_read_twice(case, dtype):
     inputs = case.make(dtype, "meta")
     assert case.floor(*inputs) <= case.moved(*inputs) <= 1.10 * case.floor(*inputs)
@@ -159,7 +163,7 @@ def test_wrong_windows_are_refused_in_the_words_of_pytorch():
         with pytest.raises(RuntimeError) as stock:
             F.max_pool2d(x, *window)
         with pytest.raises(RuntimeError) as ours:
-            max_pool.max_pool2d_triton(x, window, False)
+            max_pool2d_triton(x, window, False)
         assert str(ours.value) == str(stock.value)
 
 
@@ -168,10 +172,10 @@ def test_wrong_windows_are_refused_in_the_words_of_pytorch():
 def test_operations_are_registered_as_pytorch_wants_them(geometry, memory_format):
     shape, window, ceil_mode = GEOMETRIES[geometry]
     x = values(shape, torch.float32, "cpu", memory_format).nan_to_num()  # the test compares twins without regard to NaN
-    flat = max_pool._geometry(window)
-    torch.library.opcheck(max_pool._max_pool2d, (x, flat, ceil_mode, is_channels_last(x)))
+    flat = op._geometry(window)
+    torch.library.opcheck(op._max_pool2d.op, (x, flat, ceil_mode, is_channels_last(x)))
     y, offset = max_pool.max_pool2d(x, window, ceil_mode)
-    torch.library.opcheck(max_pool._max_pool2d_backward, (y, offset, list(shape), flat, is_channels_last(x)))
+    torch.library.opcheck(op._max_pool2d_backward.op, (y, offset, list(shape), flat, is_channels_last(x)))
 
 
 def test_operations_compile_in_one_graph():
@@ -179,8 +183,8 @@ def test_operations_compile_in_one_graph():
 
     @torch.compile(fullgraph=True)
     def step(x, dy):
-        y, offset = max_pool._max_pool2d(x, max_pool._geometry(RESNET), False, False)
-        return y, offset, max_pool._max_pool2d_backward(dy, offset, x.shape, max_pool._geometry(RESNET), False)
+        y, offset = op._max_pool2d.op(x, op._geometry(RESNET), False, False)
+        return y, offset, op._max_pool2d_backward.op(dy, offset, x.shape, op._geometry(RESNET), False)
 
     y, offset = max_pool.max_pool2d_reference(x, RESNET, False)
     dx = max_pool.max_pool2d_backward_reference(dy, offset, x.shape, RESNET, False)
@@ -191,17 +195,17 @@ def test_operations_compile_in_one_graph():
 def test_operations_run_on_fake_tensors():
     with FakeTensorMode():
         x = torch.empty(2, 3, 9, 8).to(memory_format=torch.channels_last)
-        y, offset = max_pool._max_pool2d(x, max_pool._geometry(RESNET), False, True)
+        y, offset = op._max_pool2d.op(x, op._geometry(RESNET), False, True)
         assert y.stride() == offset.stride() == (60, 1, 12, 3)
         assert (offset.dtype, offset.shape) == (torch.uint8, (2, 3, 5, 4))
 
 
 def test_offsets_past_two_to_the_31_are_computed_in_64_bits():
     wide = torch.empty(1, 1, 2**16, 2**15 + 2, dtype=torch.float16, device="meta")
-    with max_pool.launch.recorded() as launches:
-        y, offset = max_pool.max_pool2d_triton(wide, RESNET, False)
-        max_pool.max_pool2d_backward_triton(y, offset, wide.shape, RESNET, False)
-    assert [launch.arguments["INDEX"] for launch in launches] == [launchers.tl.int64] * 2
+    with launch.recorded() as launches:
+        y, offset = max_pool2d_triton(wide, RESNET, False)
+        max_pool2d_backward_triton(y, offset, wide.shape, RESNET, False)
+    assert [launch.arguments["INDEX"] for launch in launches] == [tl.int64] * 2
 
 
 @pytest.mark.slow
@@ -212,7 +216,7 @@ def test_past_two_to_the_31_elements(maps):
     x = torch.empty(shape, dtype=torch.float16)
     x[-1, 0, -2:] = torch.randn(2, 2**15)
     with last_program_only():
-        y, offset = max_pool.max_pool2d_triton(x, window, False)
+        y, offset = max_pool2d_triton(x, window, False)
     expected = max_pool.max_pool2d_reference(x[-1:, :, -2:, -512:], window, False)
     for name, ours, reference in zip(("y", "offset"), (y, offset), expected, strict=True):
         assert_same(name, ours[-1:, :, -1:, -256:], reference)
@@ -221,6 +225,6 @@ def test_past_two_to_the_31_elements(maps):
     last = y[-1:, :, -1:, -256:].clone(), offset[-1:, :, -1:, -256:].clone()
     del x
     with last_program_only():
-        dx = max_pool.max_pool2d_backward_triton(y, offset, shape, window, False)
+        dx = max_pool2d_backward_triton(y, offset, shape, window, False)
     expected = max_pool.max_pool2d_backward_reference(*last, (1, 1, 2, 512), window, False)
     assert_same("dx", dx[-1:, :, -2:, -512:], expected)

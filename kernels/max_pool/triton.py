@@ -1,39 +1,26 @@
-"""Triton kernels of max-pooling, without atomics: each input is read once, but for what two tiles share, and each output written once.
+"""Triton kernels of max-pooling and their launchers.
 
-They see a contiguous map [N, C, H, W] as [N * C, H, W, 1] and a channels_last one as [N, H, W, C]: maps of pixels of channels. A program
-handles a tile of rows x columns x channels; its rows are counted through all maps, so that a tile may hold several small ones.
+There are no atomics: each output is written once, and each input is read once, but for what two tiles share.
 
-Forward, an element is a window, which runs through its taps. Backward, an element is a pixel, which looks at the windows that may cover it
-and takes dy of those whose offset points at it; a program does so for as many rows of pixels as the stride has, one after the other.
+Kernels see a contiguous map [N, C, H, W] as [N * C, H, W, 1] and a channels_last one as [N, H, W, C]: maps of pixels of channels. A program
+handles a tile of rows x columns x channels. Its rows are counted through all maps, so that a tile may hold several small maps.
+
+Forward: an element is a window, which runs through its taps. Backward: an element is a pixel. It looks at the windows that may cover it and
+adds dy of those whose offset points at it. A program does so for `stride` rows of pixels, one after the other.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from actpress.kernels.common import launch
 from actpress.kernels.common.launch import cdiv, next_power_of_2, tl, triton
-from actpress.kernels.common.layout import dense, dense_as, is_channels_last
-
-
-class Window(NamedTuple):
-    """Geometry of 2-d pooling, each a pair (rows, columns)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-
-def offset_dtype(window: Window) -> torch.dtype:
-    """uint8, int32 for windows of more than 256 elements."""
-    return torch.uint8 if window.kernel[0] * window.kernel[1] <= 256 else torch.int32
-
+from actpress.kernels.common.layout import dense, dense_as, empty, is_channels_last
+from actpress.kernels.max_pool.reference import Window, outputs_of_shape, shape_of
 
 CONFIGS: tuple[launch.Config, ...] = (
     {"BLOCK": 2048, "num_warps": 8},
@@ -162,7 +149,7 @@ def _max_pool2d_backward_kernel(
         tl.store(dx_ptr + (pixel + a * W * C), dx, mask=exists & (row * STRIDE[0] + a < H))
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """Maps of height x width cells x channels, cut into tiles, see _tile."""
 
     maps: int
@@ -178,14 +165,14 @@ class _Tiling(NamedTuple):
         return math.prod(cdiv(length, piece) for length, piece in sizes)
 
 
-def _forward_tiling(x: Tensor, height: int, width: int, config: launch.Config) -> _Tiling:
+def forward_tiling(x: Tensor, height: int, width: int, config: launch.Config) -> Tiling:
     """Of the maxima, height x width a map."""
     return _cut(x.shape, height, width, 1, is_channels_last(x), x.itemsize, config["BLOCK"])
 
 
-def _backward_tiling(
+def backward_tiling(
     shape: Sequence[int], window: Window, channels_last: bool, itemsize: int, config: launch.Config
-) -> _Tiling:
+) -> Tiling:
     """Of the pixels: a row of cells is `stride` rows of them; a cell `stride` columns where those are few, otherwise one."""
     phases = window.stride[1] if window.stride[1] <= 8 else 1
     height, width = cdiv(shape[-2], window.stride[0]), cdiv(shape[-1], phases)
@@ -194,20 +181,20 @@ def _backward_tiling(
 
 def _cut(
     shape: Sequence[int], height: int, width: int, phases: int, channels_last: bool, itemsize: int, block: int
-) -> _Tiling:
+) -> Tiling:
     """Tiles hold whole rows, or, channels_last, nearly square pieces of 64 bytes of channels: neighbours share little of what they read."""
     channels = shape[1] if channels_last else 1
     piece = min(channels, 64 // itemsize)
     room = block // (phases * piece)
     most = next_power_of_2(math.isqrt(room)) if channels_last else room
     cells = cdiv(width, cdiv(width, most))  # pieces of one size, as far as they go
-    return _Tiling(math.prod(shape[:-2]) // channels, height, width, channels, (room // cells, cells, phases, piece))
+    return Tiling(math.prod(shape[:-2]) // channels, height, width, channels, (room // cells, cells, phases, piece))
 
 
 def _launch(
     kernel: object,
     tensors: tuple[Tensor, Tensor, Tensor],
-    tiling: _Tiling,
+    tiling: Tiling,
     pixels: Sequence[int],
     windows: Sequence[int],
     window: Window,
@@ -230,13 +217,16 @@ def _launch(
     )
 
 
+_shape = functools.cache(shape_of)  # not of symbolic sizes
+
+
 def max_pool2d_triton(
     x: Tensor, window: Window, ceil_mode: bool, config: launch.Config = CONFIGS[0]
 ) -> tuple[Tensor, Tensor]:
     """`max_pool2d_reference` in one pass; equal bit for bit."""
     x = dense(x)
-    y, offset = _outputs(x, _shape(tuple(x.shape), window, ceil_mode), window)
-    tiling, steps = _forward_tiling(x, *y.shape[-2:], config), math.prod(window.kernel)
+    y, offset = outputs_of_shape(x, _shape(tuple(x.shape), window, ceil_mode), window)
+    tiling, steps = forward_tiling(x, *y.shape[-2:], config), math.prod(window.kernel)
     _launch(_max_pool2d_kernel, (x, y, offset), tiling, x.shape[-2:], y.shape[-2:], window, steps, **config)
     return y, offset
 
@@ -253,86 +243,17 @@ def max_pool2d_backward_triton(
     row-major order, and rounded once: in fp32 equal bit for bit to the reference on the CPU, which in half types rounds after each
     addition (2^-9 of the sum in bf16, 2^-12 in fp16, for each window but the first)."""
     dy, offset = dense_as(dy, channels_last), dense_as(offset, channels_last)
-    dx = empty(shape, dy, channels_last)
+    dx = empty(shape, dy.dtype, dy.device, channels_last)
     tensors = dy.view(torch.int32 if dy.itemsize == 4 else torch.int16), offset, dx
-    tiling, (first, visits) = _backward_tiling(shape, window, channels_last, dy.itemsize, config), _visits(window)
+    tiling, (first, visits) = backward_tiling(shape, window, channels_last, dy.itemsize, config), visits_of(window)
     steps = window.stride[0] * math.prod(visits)
     sizes = shape[-2:], dy.shape[-2:]
     _launch(_max_pool2d_backward_kernel, tensors, tiling, *sizes, window, steps, FIRST=first, VISITS=visits, **config)
     return dx
 
 
-def _visits(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
+def visits_of(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
     """(first, count) on each axis: cell c is covered by windows c + first .. c + first + count - 1 at most."""
     first = tuple(-(((k - 1) * d - p) // s) for k, s, p, d in zip(*window, strict=True))
     last = tuple((s - 1 + p) // s for s, p in zip(window.stride, window.padding, strict=True))
     return first, tuple(b - a + 1 for a, b in zip(first, last, strict=True))
-
-
-def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
-    """Memory for a tensor of `shape`, otherwise as `like`."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def empty_outputs(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]:
-    """(y, offset) of the shape that PyTorch gives them; what it refuses is refused here, in its words."""
-    return _outputs(x, _shape_of(x.shape, window, ceil_mode), window)
-
-
-def _shape_of(shape: Sequence[int], window: Window, ceil_mode: bool) -> torch.Size:
-    return F.max_pool2d(torch.empty(shape, device="meta"), *window, ceil_mode).shape
-
-
-_shape = functools.cache(_shape_of)  # not of symbolic sizes
-
-
-def _outputs(x: Tensor, shape: torch.Size, window: Window) -> tuple[Tensor, Tensor]:
-    y = empty(shape, x, is_channels_last(x))
-    return y, torch.empty_like(y, dtype=offset_dtype(window))
-
-
-def _lines_read(count: int, lines: int, tile: int, size: int, met: Callable[[Tensor], Tensor]) -> int:
-    """Over `count` maps: how many lines (rows or columns), of `size` a map, are read by tiles of `tile` lines, of `lines` a map. One that
-    two tiles read counts twice. met(line [n, 1]): the lines that it needs [n, m], some of which may not exist."""
-    line = torch.arange(count * lines, device="cpu")[:, None]
-    other = met(line % lines)
-    read = line // tile * (count * size) + line // lines * size + other
-    return read[(other >= 0) & (other < size)].unique().numel()
-
-
-def max_pool2d_bytes(x: Tensor, window: Window, ceil_mode: bool, config: launch.Config = CONFIGS[0]) -> int:
-    """What max_pool2d_triton moves: pixels that windows of two tiles cover are read twice."""
-    y, offset = empty_outputs(x.to("meta"), window, ceil_mode)
-    tiling = _forward_tiling(x, *y.shape[-2:], config)
-
-    def met(axis: int) -> Callable[[Tensor], Tensor]:
-        k, s, p, d = (pair[axis] for pair in window)
-        return lambda line: line * s - p + d * torch.arange(k, device="cpu")
-
-    rows = _lines_read(tiling.maps, tiling.height, tiling.tile[0], x.shape[-2], met(0))
-    columns = _lines_read(1, tiling.width, tiling.tile[1], x.shape[-1], met(1))
-    return rows * columns * tiling.channels * x.itemsize + launch.nbytes(y, offset)
-
-
-def max_pool2d_backward_bytes(
-    dy: Tensor,
-    offset: Tensor,
-    shape: Sequence[int],
-    window: Window,
-    channels_last: bool,
-    config: launch.Config = CONFIGS[0],
-) -> int:
-    """What max_pool2d_backward_triton moves: windows that cover pixels of two tiles are read twice."""
-    tiling = _backward_tiling(shape, window, channels_last, dy.itemsize, config)
-    windows = [range(first, first + count) for first, count in zip(*_visits(window), strict=True)]
-    k, s, p, d = (pair[0] for pair in window)
-    covering = [v for v in windows[0] if any(a + p - v * s in range(0, k * d, d) for a in range(s))]
-    per_cell = window.stride[1] // tiling.tile[2]
-    rows = _lines_read(
-        tiling.maps, tiling.height, tiling.tile[0], dy.shape[-2], lambda row: row + torch.tensor(covering)
-    )
-    columns = _lines_read(
-        1, tiling.width, tiling.tile[1], dy.shape[-1], lambda cell: cell // per_cell + torch.tensor(list(windows[1]))
-    )
-    return rows * columns * tiling.channels * (dy.itemsize + offset.itemsize) + math.prod(shape) * dy.itemsize
