@@ -1,4 +1,4 @@
-"""Device code of DIVISION, second half: codes, made and decoded in memory order, and the kernel that does all at once.
+"""Device code of DIVISION: codes, made and decoded in memory order, and the kernel that encodes whole maps in one pass.
 
 Threads own neighbours: an "eight", whose codes fill whole bytes, or the two eights of a "sixteen", which share a draw of 8-bit noise
 (noise.py). A load takes 16 bytes of an eight.

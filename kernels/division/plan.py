@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from actpress.kernels.common import launch
+from actpress.kernels.common import check, launch
 from actpress.kernels.common.launch import triton
+from actpress.kernels.division.reference import Format, sampled_every
 
 ENCODE_CONFIGS: tuple[launch.Config, ...] = (  # LANES: elements that a program takes at a time
     {"LANES": 4096, "num_warps": 2},
@@ -26,16 +27,6 @@ CROWDED = (
 )  # bytes of a program's maps from which on it gets twice the threads: fewer programs then share a cache
 FEW = 256  # programs, or less, leave most of a GPU idle
 PARTS = 256  # that a map is cut into, at most
-
-
-def blocks(size: int, kernel: int, align: str) -> int:
-    """Number of blocks of `kernel` elements along an axis of `size`."""
-    return -(-size // kernel) if align == "ceil" else size // kernel
-
-
-def sampled_every(height: int) -> int:
-    """lfc="auto" compares expected errors of every so manieth row of a map, from the first on: every fourth, or all where there are few."""
-    return 4 if height >= 8 else 1
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Plan:
         return math.gcd(8, self.pixels) if self.means == 1 else math.gcd(8, self.width, self.kw)
 
 
-class Way(NamedTuple):
+class Strategy(NamedTuple):
     """How a tensor is encoded."""
 
     plan: Plan
@@ -144,37 +135,31 @@ class Way(NamedTuple):
 
 
 @functools.cache
-def shape_of(
-    shape: tuple[int, ...], channels_last: bool, kernel: tuple[int, int], bits: int, align: str
-) -> tuple[Plan, int]:
+def shape_of(shape: tuple[int, ...], channels_last: bool, format: Format) -> tuple[Plan, int]:
     """Maps and blocks as kernels see them, without shares, and the number of outers. Raises ValueError where no block fits in a map."""
     n, c, h, w = shape
-    hb, wb = blocks(h, kernel[0], align), blocks(w, kernel[1], align)
+    (kh, kw), (hb, wb) = format.kernel, format.grid(h, w)
     if not hb * wb:
-        raise ValueError(
-            f"kernel={tuple(kernel)}; allowed for maps of {h} x {w} with align={align!r}: up to their size"
-        )
+        allowed = f"up to the size of the map, {h} x {w}, with align={format.align!r}"
+        check.refuse("division", "kernel", format.kernel, allowed)
     channels, outers = (c, n) if channels_last else (1, n * c)
-    plan = Plan(h, w, channels, kernel[0], kernel[1], hb, wb, align == "authors", bits, whole=False)
+    plan = Plan(h, w, channels, kh, kw, hb, wb, format.align == "authors", format.bits, whole=False)
     return replace(plan, whole=math.prod(shape) % plan.lanes == 0), outers
 
 
 @functools.cache
-def way_of(
+def strategy_of(
     shape: tuple[int, ...],
     channels_last: bool,
     itemsize: int,
-    kernel: tuple[int, int],
-    bits: int,
-    align: str,
-    lfc: str,
+    format: Format,
     lanes: int,
     num_warps: int,
-) -> Way:
+) -> Strategy:
     """How to encode x of this shape and itemsize; lanes and num_warps: of the configuration."""
-    plan, outers = shape_of(shape, channels_last, kernel, bits, align)
-    known = align != "ceil" or plan.kh > TALLEST or plan.kh * plan.columns > LARGEST
-    plan = replace(plan, auto=lfc == "auto" and plan.means > 1, known=known)
+    plan, outers = shape_of(shape, channels_last, format)
+    known = format.align != "ceil" or plan.kh > TALLEST or plan.kh * plan.columns > LARGEST
+    plan = replace(plan, auto=format.lfc == "auto" and plan.means > 1, known=known)
     block = 1 if known else plan.kh * plan.columns  # lanes
     count = triton.next_power_of_2(plan.pixels if known else plan.means)
     lanes = (
@@ -199,12 +184,12 @@ def way_of(
     cut = replace(plan, maps=maps, tile=min(count, max(_power(many // (maps * block)), 1)), threads=32 * warps)
     few = programs <= FEW and cut.tiles * cut.tile * maps * block > 2 * LARGEST
     if not (known or few or plan.pixels * plan.channels >= 2**31):
-        return Way(replace(cut, codes=codes), outers, programs, warps, 0)
+        return Strategy(replace(cut, codes=codes), outers, programs, warps, 0)
     many = lanes if known or plan.channels == 1 else 2 * lanes
     cut = replace(cut, tile=min(count, max(_power(many // (maps * block)), 1)))
     parts = max(min(PARTS, cut.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
     parts = triton.cdiv(cut.tiles, triton.cdiv(cut.tiles, parts))  # none of them empty
-    return Way(cut, outers, programs, 2 * num_warps, parts)
+    return Strategy(cut, outers, programs, 2 * num_warps, parts)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""Device code of group quantisation; what it computes, and when which kernel runs, is in quantize.py.
+"""Device code of group quantization. The formulas are in the docstring of the package; triton.py says which kernel runs when.
 
-"Eight": eight elements next to each other in memory, counted from the first element of the tensor, whose codes fill whole bytes. One
-thread holds them, as it loads them and as it packs them: nothing goes through shared memory in between. Two eights next to each other share
-a draw of 8-bit noise (noise.py). low and step are bf16, passed as int16.
+"Eight": eight elements next to each other in memory, counted from the first element of the tensor, whose codes fill whole bytes. One thread
+holds an eight, as it loads it and as it packs it: nothing goes through shared memory in between. Two eights next to each other share a draw
+of 8-bit noise (kernels/common/noise.py). low and step are bf16, passed as int16.
 """
 
 from actpress.kernels.common.bits import load8, load_at, pack8, store_words, unpack_at

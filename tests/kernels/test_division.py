@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actpress.codec import Context, Like
-from actpress.kernels.division import code_bytes, decode_reference, encode_reference
+from actpress.kernels.division import Format, code_bytes, decode_reference, encode_reference
 from actpress.methods.division import DivisionCodec
 
 SHAPES = [(1, 1, 1, 2), (2, 3, 7, 7), (1, 5, 28, 28), (3, 2, 14, 9), (2, 4, 8, 8), (1, 2, 33, 65)]
@@ -16,10 +16,10 @@ def kernel_of(shape, block, align):
 
 
 def code_and_decode(x, noise, bits, align="ceil", block=8, lfc="always"):
-    kernel = kernel_of(x.shape, block, align)
-    code = encode_reference(x, noise, kernel, bits, align, lfc)
+    format = Format(kernel_of(x.shape, block, align), bits, align, lfc)
+    code = encode_reference(x, noise, format)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return code, decode_reference(code, x.shape, x.dtype, channels_last, kernel, bits, align)
+    return code, decode_reference(code, x.shape, x.dtype, channels_last, format)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -36,7 +36,7 @@ def test_error_is_below_one_step(shape, bits):
 @pytest.mark.parametrize("align", ["ceil", "authors"])
 def test_bytes_are_as_declared(shape, align):
     code, _ = code_and_decode(torch.randn(shape), torch.rand(shape), 2, align)
-    assert sum(t.nbytes for t in code) == code_bytes(torch.Size(shape), kernel_of(shape, 8, align), 2, align)
+    assert sum(t.nbytes for t in code) == code_bytes(torch.Size(shape), Format(kernel_of(shape, 8, align), 2, align))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 4), (2, 3, 20, 1), (2, 3, 1, 20), (2, 3, 9, 7), (1, 3, 2, 2)], ids=str)
@@ -54,7 +54,7 @@ def test_maps_narrower_than_a_block_are_coded_within_a_step(shape, align):
 )
 def test_bits_per_element_of_the_formula(size, bits_per_element):
     shape = torch.Size((2, 3, size, size))
-    measured = 8 * code_bytes(shape, (min(8, size),) * 2, 2, "ceil") / shape.numel()
+    measured = 8 * code_bytes(shape, Format((min(8, size),) * 2, 2)) / shape.numel()
     assert measured == pytest.approx(bits_per_element, abs=0.006)
 
 

@@ -10,7 +10,10 @@ import torch
 from actpress.kernels import division
 from actpress.kernels.common import noise
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.division.plan import way_of
+from actpress.kernels.division import Format
+from actpress.kernels.division import cases as division_cases
+from actpress.kernels.division.plan import DECODE_CONFIGS, ENCODE_CONFIGS, strategy_of
+from actpress.kernels.division.triton import decode_triton, encode_triton
 from actpress.kernels.masks import pack_mask_reference
 from devices import BACKENDS, DEVICES, INTERPRETED, assert_same, last_program_only, traffic
 from paths import ROOT
@@ -55,10 +58,9 @@ def noise_for(x, bits):
     return flat.view(x.shape)
 
 
-def both(x, kernel, bits, align, lfc, config=division.ENCODE_CONFIGS[0]):
-    seed = torch.tensor([SEED], device=x.device)
-    ours = division.encode_triton(x, seed, kernel, bits, align, lfc, config)
-    return ours, division.encode_reference(x, noise_for(x, bits), kernel, bits, align, lfc)
+def both(x, kernel, bits, align, lfc, config=ENCODE_CONFIGS[0]):
+    seed, format = torch.tensor([SEED], device=x.device), Format(kernel, bits, align, lfc)
+    return encode_triton(x, seed, format, config), division.encode_reference(x, noise_for(x, bits), format)
 
 
 def assert_same_code(ours, reference):
@@ -113,7 +115,7 @@ def test_auto_leaves_means_out_of_the_same_maps(name, channels_last, device, dty
     assert_same_code(ours, reference)
 
 
-WAYS = {  # shape, channels_last, block: several tiles a map; parts; means taken first, one part and several
+STRATEGIES = {  # shape, channels_last, block: several tiles a map; parts; means taken first, one part and several
     "tiles": ((1, 1, 128, 130), False, (8, 8)),
     "tiles of channels": ((1, 16, 40, 40), True, (8, 8)),
     "parts": ((1, 1, 184, 192), False, (8, 8)),
@@ -130,15 +132,15 @@ WAYS = {  # shape, channels_last, block: several tiles a map; parts; means taken
 @pytest.mark.quick(5)
 @pytest.mark.parametrize(
     ("name", "lfc"),
-    [*((name, "auto") for name in WAYS), *((name, "always") for name in ("tiles", "parts", "tall blocks"))],
+    [*((name, "auto") for name in STRATEGIES), *((name, "always") for name in ("tiles", "parts", "tall blocks"))],
 )
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_maps_that_take_several_steps(name, lfc, device, dtype):
-    shape, channels_last, kernel = WAYS[name]
+    shape, channels_last, kernel = STRATEGIES[name]
     x = both_kinds(shape, 8, dtype, device)
     x[-1, 0, : shape[2] // 4] = 3
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    plan, _, _, _, parts = way_of(shape, channels_last, x.itemsize, kernel, 2, "ceil", lfc, 4096, 2)
+    plan, _, _, _, parts = strategy_of(shape, channels_last, x.itemsize, Format(kernel, 2, "ceil", lfc), 4096, 2)
     assert plan.tiles > 1 or "tall" in name
     assert (parts > 1) == ("parts" in name) and plan.known == ("tall" in name)
     assert_same_code(*both(x, kernel, 2, "ceil", lfc))
@@ -168,8 +170,8 @@ def test_what_is_not_finite_stays_in_its_map(align, lfc, channels_last, device, 
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     ours, reference = both(x, (8, 8), 2, align, lfc)
     assert_same("codes", ours.codes, reference.codes)
-    how = (x.shape, dtype, channels_last, (8, 8), 2, align)
-    decoded = division.decode_triton(ours, *how)
+    how = (x.shape, dtype, channels_last, Format((8, 8), 2, align))
+    decoded = decode_triton(ours, *how)
     assert_same("x~", decoded, division.decode_reference(reference, *how))
     assert decoded.isnan().flatten(2).all(2).sum() == decoded.isnan().flatten(2).any(2).sum() == 5
 
@@ -191,10 +193,10 @@ def test_the_end_of_a_dtype(bits, channels_last, lfc, device, dtype):
     x[:, 0, 0, 0], x[:, 3, 0, 0], x[:, 4] = top, -top, top
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     ours, reference = both(x, (8, 8), bits, "ceil", lfc)
-    how = (x.shape, dtype, channels_last, (8, 8), bits, "ceil")
+    how = (x.shape, dtype, channels_last, Format((8, 8), bits))
     for code in (ours, reference):  # means of any values may round differently, so each code is decoded both ways
-        assert_same("x~", division.decode_triton(code, *how), division.decode_reference(code, *how))
-    decoded = division.decode_triton(ours, *how)
+        assert_same("x~", decode_triton(code, *how), division.decode_reference(code, *how))
+    decoded = decode_triton(ours, *how)
     finite = dtype == torch.float16 or lfc == "auto"
     assert decoded.isfinite().all() or not finite
     assert_same("what is NaN", decoded.isnan(), division.decode_reference(reference, *how).isnan())
@@ -204,14 +206,14 @@ def test_the_end_of_a_dtype(bits, channels_last, lfc, device, dtype):
 def test_noise_comes_from_the_seed(device):
     x = torch.rand(1, 2, 16, 16, device=device)
     codes = [
-        division.encode_triton(x, torch.tensor([seed], device=device), (8, 8), 2, "ceil", "always").codes
+        encode_triton(x, torch.tensor([seed], device=device), Format((8, 8), 2)).codes
         for seed in (SEED, SEED, SEED + 1, SEED + 2**40)
     ]
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[3])
 
 
-@pytest.mark.parametrize("config", division.ENCODE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", ENCODE_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_every_configuration(config, device, dtype):
     for name in ("28x28", "9x13"):
@@ -233,7 +235,7 @@ def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
     assert steps.max() <= 1, "lfc: more than one bf16 from the reference"
     same = (steps == 0).all(3).all(2).flatten()
     assert same.float().mean() > 0.5
-    decoded = [division.decode_reference(c, x.shape, dtype, False, (8, 8), 2, "ceil") for c in (ours, reference)]
+    decoded = [division.decode_reference(c, x.shape, dtype, False, Format((8, 8), 2)) for c in (ours, reference)]
     a, b = (d.view(16, -1)[same] for d in decoded)
     assert_same("codes of maps with equal means", a, b)
 
@@ -246,12 +248,12 @@ def test_decode(name, bits, channels_last, device, dtype):
     shape, block = SHAPES[name]
     x = torch.randn(shape, device=device).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    how = (x.shape, dtype, is_channels_last(x), kernel_of(shape, block), bits, "ceil")
-    code = division.encode_reference(x, torch.rand_like(x, dtype=torch.float32), *how[3:])
+    how = (x.shape, dtype, is_channels_last(x), Format(kernel_of(shape, block), bits))
+    code = division.encode_reference(x, torch.rand_like(x, dtype=torch.float32), how[3])
     for mask in (None, pack_mask_reference(x > 0)):
         reference = division.decode_reference(code, *how, mask)
-        for config in division.DECODE_CONFIGS if bits == 2 else division.DECODE_CONFIGS[:1]:
-            ours = division.decode_triton(code, *how, mask, config)
+        for config in DECODE_CONFIGS if bits == 2 else DECODE_CONFIGS[:1]:
+            ours = decode_triton(code, *how, mask, config)
             assert_same("x~", ours, reference)
             assert is_channels_last(ours) == is_channels_last(reference)
 
@@ -259,18 +261,19 @@ def test_decode(name, bits, channels_last, device, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 def test_empty(device):
     x = torch.empty(0, 3, 8, 8, device=device)
-    code = division.encode_triton(x, torch.tensor([1], device=device), (8, 8), 2, "ceil", "auto")
+    format = Format((8, 8), 2, "ceil", "auto")
+    code = encode_triton(x, torch.tensor([1], device=device), format)
     assert code.codes.numel() == 0
-    assert division.decode_triton(code, x.shape, x.dtype, False, (8, 8), 2, "ceil").shape == x.shape
+    assert decode_triton(code, x.shape, x.dtype, False, format).shape == x.shape
 
 
 @pytest.mark.quick(6)
 @pytest.mark.skipif(not INTERPRETED, reason="counted in the interpreter")
-@pytest.mark.parametrize("case", division.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", division_cases.cases(), ids=lambda case: case.name)
 def test_declared_bytes_are_those_counted(case, monkeypatch):
     """With nothing left in a cache from one kernel to the next. Not declared, and little beside maps of any size: zeros over means, which
     depend on x, and the second time that means and steps are read, by another program."""
-    monkeypatch.setattr(division, "L2", 0)
+    monkeypatch.setattr(division_cases, "L2", 0)
     inputs = case.tiny(torch.float32, "cpu")
     with traffic() as counted:
         case.kernel(*inputs)
@@ -284,16 +287,16 @@ def test_past_two_to_the_31_elements():
     n = -(-(2**31) // 3136) + 3
     x = torch.empty(1, n, 56, 56, dtype=torch.float16)
     x[:, -1] = exact_sums((56, 56), torch.float16, "cpu")
-    how = ((8, 8), 2, "ceil")
+    format = Format((8, 8), 2)
     with last_program_only():
-        code = division.encode_triton(x, torch.tensor([SEED]), *how, "always")
-        decoded = division.decode_triton(code, x.shape, torch.float16, False, *how)
+        code = encode_triton(x, torch.tensor([SEED]), format)
+        decoded = decode_triton(code, x.shape, torch.float16, False, format)
     last = x[:, -1:]
-    reference = division.encode_reference(last, torch.rand_like(last, dtype=torch.float32), *how)
+    reference = division.encode_reference(last, torch.rand_like(last, dtype=torch.float32), format)
     for name in ("lfc", "low", "step"):
         assert_same(name, getattr(code, name)[:, -1:], getattr(reference, name))
     codes = code.codes[-3136 * 2 // 8 :]
-    own = division.decode_reference(reference._replace(codes=codes), last.shape, torch.float16, False, *how)
+    own = division.decode_reference(reference._replace(codes=codes), last.shape, torch.float16, False, format)
     assert ((own - last).abs() <= reference.step.half() + 2**-8).all(), "x~: more than a step from x"
     assert_same("x~", decoded[:, -1].flatten()[-8:], own.flatten()[-8:])
 
@@ -304,7 +307,7 @@ def test_operations_pass_opcheck():
     torch.library.opcheck(torch.ops.actpress.division_encode, arguments)
     nhwc = x.to(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.actpress.division_encode, (nhwc, *arguments[1:-1], True))
-    code = division.encode_reference(x, torch.rand_like(x), (8, 8), 2, "ceil")
+    code = division.encode_reference(x, torch.rand_like(x), Format((8, 8), 2))
     for mask in (None, pack_mask_reference(x > 0)):
         arguments = (*code, x.shape, torch.float32, False, [8, 8], 2, "ceil", mask)
         torch.library.opcheck(torch.ops.actpress.division_decode, arguments)

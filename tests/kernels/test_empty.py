@@ -20,10 +20,12 @@ from actpress.kernels import (
 )
 from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.common.groups import GROUPINGS
+from actpress.kernels.division import triton as division_triton
 from actpress.kernels.pooling.reference import conv2d_weight_grad_reference
 from actpress.kernels.pooling.triton import conv2d_weight_grad_triton, pool_triton
 from actpress.kernels.pruning.triton import decode_triton, encode_by_kernels
 from actpress.kernels.pruning.triton_product import weight_grad_triton
+from actpress.kernels.quantize import triton as quantize_triton
 from devices import INTERPRETED
 
 MAPS = [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0), (0, 0, 0, 0)]
@@ -41,25 +43,25 @@ def seed():
 @pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("by_kernel", [False, pytest.param(True, marks=interpreted)])
 def test_division(by_kernel, lfc, align, shape):
-    x, kernel = torch.randn(shape), (4, 4)
+    x, format = torch.randn(shape), division.Format((4, 4), 2, align, lfc)
     if by_kernel:
-        code = division.encode_triton(x, seed(), kernel, 2, align, lfc)
+        code = division_triton.encode_triton(x, seed(), format)
     else:
-        code = division.encode(x, NOISE, kernel, 2, align, lfc)
-    assert sum(t.nbytes for t in code) == division.code_bytes(x.shape, kernel, 2, align)
-    decode = division.decode_triton if by_kernel else division.decode
-    assert decode(code, x.shape, x.dtype, False, kernel, 2, align).shape == shape
+        code = division.encode(x, NOISE, format)
+    assert sum(t.nbytes for t in code) == division.code_bytes(x.shape, format)
+    decode = division_triton.decode_triton if by_kernel else division.decode
+    assert decode(code, x.shape, x.dtype, False, format).shape == shape
 
 
 @pytest.mark.parametrize("shape", MAPS + TOKENS, ids=str)
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("by_kernel", [False, pytest.param(True, marks=interpreted)])
 def test_quantize(by_kernel, grouping, shape):
-    x = torch.randn(shape)
-    code = quantize.encode_triton(x, seed(), grouping, 256, 2) if by_kernel else quantize.encode(x, NOISE, grouping)
-    assert sum(t.nbytes for t in code) == quantize.code_bytes(x.shape, grouping, 256, 2) == 0
-    decode = quantize.decode_triton if by_kernel else quantize.decode
-    assert decode(code, x.shape, x.dtype, False, grouping, 256, 2).shape == shape
+    x, format = torch.randn(shape), quantize.Format(grouping)
+    code = quantize_triton.encode_triton(x, seed(), format) if by_kernel else quantize.encode(x, NOISE, format)
+    assert sum(t.nbytes for t in code) == quantize.code_bytes(x.shape, format) == 0
+    decode = quantize_triton.decode_triton if by_kernel else quantize.decode
+    assert decode(code, x.shape, x.dtype, False, format).shape == shape
 
 
 @pytest.mark.parametrize("shape", MAPS + TOKENS, ids=str)

@@ -58,15 +58,15 @@ def test_the_bias_is_half_of_the_finest_step(bits):
 def test_codes_are_biased_by_at_most_2_to_minus_9_of_a_step(bits):
     """x~ averaged over each of the 256 values; fp32 rounding of sums and differences adds less than 1e-5 of a step."""
     x, values = torch.randn(2, 3, 9, 9), (torch.arange(256) + 0.5) / 256
-    how = ((8, 8), bits, "ceil")
+    format, channels = division.Format((8, 8), bits), quantize.Format("channel", bits=bits)
     total = {"division": torch.zeros_like(x), "quantize": torch.zeros_like(x)}
     for value in values:
         drawn = torch.full_like(x, value)
-        code = division.encode_reference(x, drawn, *how)
-        total["division"] += division.decode_reference(code, x.shape, x.dtype, False, *how)
+        code = division.encode_reference(x, drawn, format)
+        total["division"] += division.decode_reference(code, x.shape, x.dtype, False, format)
         step = {"division": code.step.float()}
-        code = quantize.encode_reference(x, drawn, "channel", 256, bits)
-        total["quantize"] += quantize.decode_reference(code, x.shape, x.dtype, False, "channel", 256, bits)
+        code = quantize.encode_reference(x, drawn, channels)
+        total["quantize"] += quantize.decode_reference(code, x.shape, x.dtype, False, channels)
         step["quantize"] = code.step.float().view(2, 3, 1, 1)
     for name, sum_of_decoded in total.items():
         bias = ((sum_of_decoded / 256 - x).abs() / step[name]).max()

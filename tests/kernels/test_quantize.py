@@ -7,7 +7,7 @@ from actpress.codec import Context
 from actpress.kernels import quantize
 from actpress.kernels.common.groups import GROUPINGS, LARGEST, cut
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.quantize import code_bytes, decode_reference, encode_reference
+from actpress.kernels.quantize import Format, code_bytes, decode_reference, encode_reference
 
 SHAPES = [(1,), (7,), (3, 63), (2, 197, 8), (2, 3, 7, 7), (3, 5, 14, 9), (1, 2, 3, 4, 5)]
 SIZES = [1, 5, 24, 256]
@@ -27,8 +27,9 @@ def groups_of(x, grouping, size):
 
 
 def code_and_decode(x, noise, grouping, size, bits):
-    code = encode_reference(x, noise, grouping, size, bits)
-    return code, decode_reference(code, x.shape, x.dtype, is_channels_last(x), grouping, size, bits)
+    format = Format(grouping, size, bits)
+    code = encode_reference(x, noise, format)
+    return code, decode_reference(code, x.shape, x.dtype, is_channels_last(x), format)
 
 
 def steps_like(x, code, grouping, size):
@@ -90,7 +91,7 @@ def test_rounding_is_unbiased(grouping, size, bits):
 def test_bytes_are_as_declared(shape, grouping, size, bits):
     x = torch.randn(shape)
     code, decoded = code_and_decode(x, torch.rand(shape), grouping, size, bits)
-    assert sum(t.nbytes for t in code) == code_bytes(x.shape, grouping, size, bits)
+    assert sum(t.nbytes for t in code) == code_bytes(x.shape, Format(grouping, size, bits))
     assert decoded.shape == x.shape
 
 
@@ -99,7 +100,7 @@ def test_bytes_are_as_declared(shape, grouping, size, bits):
 )
 def test_bits_per_element_of_the_formula(grouping, bits, bits_per_element):
     shape = torch.Size((64, 256, 56, 56))
-    measured = 8 * code_bytes(shape, grouping, 256, bits) / shape.numel()
+    measured = 8 * code_bytes(shape, Format(grouping, 256, bits)) / shape.numel()
     assert measured == pytest.approx(bits_per_element, abs=1e-4)
 
 
@@ -192,42 +193,43 @@ def test_fp64_is_computed_in_fp64(grouping):
 @pytest.mark.parametrize("source", [Context(3), None], ids=["stochastic", "nearest"])
 def test_public_functions_are_the_reference_on_a_cpu(source):
     x = torch.randn(2, 3, 9, 9)
-    code = quantize.encode(x, source, "channel", bits=4)
+    format = Format("channel", bits=4)
+    code = quantize.encode(x, source, format)
     noise = None if source is None else Context(3).uniform_like(x)
     expected, decoded = code_and_decode(x, noise, "channel", 256, 4)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(code, expected, strict=True))
-    assert torch.equal(quantize.decode(code, x.shape, x.dtype, False, "channel", bits=4), decoded)
+    assert torch.equal(quantize.decode(code, x.shape, x.dtype, False, format), decoded)
 
 
 @pytest.mark.quick(1, "channel")
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_public_functions_compile_to_one_graph(grouping):
     """The same values up to the order in which the compiler rounds: a step of the code at most."""
-    x = torch.randn(2, 3, 10, 10)
+    x, format = torch.randn(2, 3, 10, 10), Format(grouping, 64, 4)
 
     @torch.compile(fullgraph=True)
     def there_and_back(x):
-        code = quantize.encode(x, None, grouping, 64, 4)
-        return code.step, quantize.decode(code, x.shape, x.dtype, False, grouping, 64, 4)
+        code = quantize.encode(x, None, Format(grouping, 64, 4))
+        return code.step, quantize.decode(code, x.shape, x.dtype, False, Format(grouping, 64, 4))
 
     step, decoded = there_and_back(x)
-    expected = quantize.decode(quantize.encode(x, None, grouping, 64, 4), x.shape, x.dtype, False, grouping, 64, 4)
+    expected = quantize.decode(quantize.encode(x, None, format), x.shape, x.dtype, False, format)
     assert ((decoded - expected).abs() <= step.float().max()).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grouping": "row"}, "grouping='row'; allowed: group, channel, sample"),
-        ({"size": 0}, f"size=0; allowed: 1 to {LARGEST}"),
-        ({"size": 2 * LARGEST}, f"size={2 * LARGEST}; allowed: 1 to {LARGEST}"),
-        ({"bits": 3}, "bits=3; allowed: 1, 2, 4, 8"),
+        ({"grouping": "row"}, "quantize: grouping='row', allowed: group, channel, sample"),
+        ({"size": 0}, f"quantize: size=0, allowed: integers from 1 to {LARGEST}"),
+        ({"size": 2 * LARGEST}, f"quantize: size={2 * LARGEST}, allowed: integers from 1 to {LARGEST}"),
+        ({"bits": 3}, "quantize: bits=3, allowed: 1, 2, 4, 8"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError) as error:
-        quantize.encode(torch.randn(4, 4), None, **options)
+        quantize.encode(torch.randn(4, 4), None, Format(**options))
     assert str(error.value) == message
 
 

@@ -9,7 +9,9 @@ from actpress.kernels.common import launch
 from actpress.kernels.common.launch import triton
 from actpress.kernels.common.layout import dense, is_channels_last
 from actpress.kernels.common.noise import noise_bits, uniform_reference
-from actpress.kernels.quantize import decode_reference, decode_triton, encode_reference, encode_triton
+from actpress.kernels.quantize import Format, decode_reference, encode_reference, op
+from actpress.kernels.quantize.cases import cases, decode_moved, encode_moved
+from actpress.kernels.quantize.triton import CONFIGS, decode_triton, encode_triton
 from devices import BACKENDS, DEVICES, assert_same, last_program_only, mimic_gpu, traffic
 
 SEED = 2**40 + 77
@@ -43,7 +45,7 @@ PATHS = {
     "no pixels": ((2, 3, 0, 4), False, "channel", 256),
 }
 EVERY_KERNEL = ["whole groups", "map of odd size", "sample in parts", "channels_last", "odd channels", "tokens"]
-CASES = {case.name: case for case in quantize.cases()}
+CASES = {case.name: case for case in cases()}
 NAN_SPREADS = triton.__version__.startswith("3.6.")
 # Triton's interpreter computes with numpy, which warns where a group holds what is not finite, or a lane no group.
 pytestmark = [
@@ -61,20 +63,21 @@ def tensor(path, device, dtype):
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
 
-def check(x, grouping, size, bits, config=quantize.CONFIGS[0], stochastic=True):
+def check(x, grouping, size, bits, config=CONFIGS[0], stochastic=True):
     """Every byte of the code, and what is decoded from it."""
+    format = Format(grouping, size, bits)
     like, channels_last = dense(x), is_channels_last(dense(x))
     seed = torch.tensor([SEED], device=x.device) if stochastic else None
     noise = torch.empty_like(like, dtype=torch.float32)
     (noise.permute(0, 2, 3, 1) if channels_last else noise).reshape(-1).copy_(
         uniform_reference(SEED, x.numel(), noise_bits(bits))
     )
-    expected = encode_reference(like, noise if stochastic else None, grouping, size, bits)
-    code = encode_triton(x, seed, grouping, size, bits, config)
+    expected = encode_reference(like, noise if stochastic else None, format)
+    code = encode_triton(x, seed, format, config)
     for name, ours, reference in zip(code._fields, code, expected, strict=True):
         assert ours.dtype == reference.dtype, name
         assert_same(name, ours.view(torch.uint8), reference.view(torch.uint8))
-    how = (x.shape, x.dtype, channels_last, grouping, size, bits)
+    how = (x.shape, x.dtype, channels_last, format)
     decoded = decode_triton(code, *how, config)
     assert decoded.stride() == torch.empty_like(like).stride()
     assert_same("x~", decoded, decode_reference(expected, *how))
@@ -90,7 +93,7 @@ def test_code_and_decoded(path, bits, device, dtype):
 
 @pytest.mark.quick(6)
 @pytest.mark.parametrize("path", EVERY_KERNEL)
-@pytest.mark.parametrize("config", quantize.CONFIGS[1:], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_every_configuration(path, config, device, dtype):
     check(tensor(path, device, dtype), *PATHS[path][2:], 2, config)
@@ -185,14 +188,14 @@ def test_cases_move_no_more_than_allowed(name):
 )
 def test_moves_what_it_declares(path, dtype=torch.float32):
     shape, channels_last, *how = {**PATHS, "channels_last of two reads": ((1, 16, 40, 40), True, "channel", 256)}[path]
-    x = torch.randn(shape).to(dtype)
+    x, format = torch.randn(shape).to(dtype), Format(*how, 2)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     with traffic() as moved:
-        code = encode_triton(x, None, *how, 2)
-    assert moved.total == quantize._encode_moved(x, None, *how, 2)
+        code = encode_triton(x, None, format)
+    assert moved.total == encode_moved(x, None, format)
     with traffic() as moved:
-        decode_triton(code, x.shape, dtype, channels_last, *how, 2)
-    assert moved.total == quantize._decode_moved(code, x.shape, dtype, channels_last, *how, 2)
+        decode_triton(code, x.shape, dtype, channels_last, format)
+    assert moved.total == decode_moved(code, x.shape, dtype, channels_last, format)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,7 +209,7 @@ def test_tiny_cases(name, device, dtype):
 
 
 def samples(x, seed, bits=2):
-    code = encode_reference(x, None, "channel", 256, bits)
+    code = encode_reference(x, None, Format("channel", 256, bits))
     how, channels_last = ("channel", 256, bits), is_channels_last(x)
     return (x, seed, *how, channels_last), (*code, list(x.shape), x.dtype, channels_last, *how)
 
@@ -217,8 +220,8 @@ def test_operations_are_registered_well(channels_last, seed):
     x = torch.randn(2, 3, 5, 5)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     encode_inputs, decode_inputs = samples(x, seed)
-    torch.library.opcheck(quantize._encode, encode_inputs)
-    torch.library.opcheck(quantize._decode, decode_inputs)
+    torch.library.opcheck(op._encode.op, encode_inputs)
+    torch.library.opcheck(op._decode.op, decode_inputs)
 
 
 def test_operations_compile_to_one_graph():
@@ -226,25 +229,23 @@ def test_operations_compile_to_one_graph():
 
     @torch.compile(fullgraph=True)
     def there_and_back(x, seed):
-        code = quantize._encode(x, seed, "channel", 256, 2, False)
-        return quantize._decode(*code, x.shape, x.dtype, False, "channel", 256, 2)
+        code = op._encode.op(x, seed, "channel", 256, 2, False)
+        return op._decode.op(*code, x.shape, x.dtype, False, "channel", 256, 2)
 
     seed = torch.tensor([5])
-    code = quantize._encode(x, seed, "channel", 256, 2, False)
-    assert_same("x~", there_and_back(x, seed), quantize._decode(*code, x.shape, x.dtype, False, "channel", 256, 2))
+    code = op._encode.op(x, seed, "channel", 256, 2, False)
+    assert_same("x~", there_and_back(x, seed), op._decode.op(*code, x.shape, x.dtype, False, "channel", 256, 2))
 
 
 @pytest.mark.parametrize("source", [Context(3), None], ids=["stochastic", "nearest"])
 def test_gpu_tensors_take_the_operations(monkeypatch, source):
     mimic_gpu(monkeypatch)
     x = torch.randn(2, 3, 9, 9)
-    code = quantize.encode(x, source, "channel", bits=4)
+    code = quantize.encode(x, source, Format("channel", bits=4))
     seed = None if source is None else Context(3).seed_for(x)
-    for name, ours, expected in zip(
-        code._fields, code, quantize._encode(x, seed, "channel", 256, 4, False), strict=True
-    ):
+    for name, ours, expected in zip(code._fields, code, op._encode.op(x, seed, "channel", 256, 4, False), strict=True):
         assert_same(name, ours, expected)
-    decoded = quantize.decode(code, x.shape, x.dtype, False, "channel", bits=4)
+    decoded = quantize.decode(code, x.shape, x.dtype, False, Format("channel", bits=4))
     assert ((decoded - x).abs() <= 1.001 * code.step.float().view(2, 3, 1, 1)).all()  # fp32 rounding of the sum
 
 
@@ -252,8 +253,8 @@ def test_gpu_tensors_take_the_operations(monkeypatch, source):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_public_functions_on_a_gpu(dtype):
     x = torch.randn(2, 16, 14, 14, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
-    code = quantize.encode(x, Context(3), "channel", bits=8)
-    decoded = quantize.decode(code, x.shape, dtype, True, "channel", bits=8)
+    code = quantize.encode(x, Context(3), Format("channel", bits=8))
+    decoded = quantize.decode(code, x.shape, dtype, True, Format("channel", bits=8))
     # a step of the code, and the rounding of x~ to bf16
     assert ((decoded - x).abs() <= code.step.view(2, 16, 1, 1).to(dtype) + 2**-8 * x.abs()).all()
 
@@ -266,12 +267,12 @@ def test_public_functions_on_a_gpu(dtype):
 def test_past_two_to_the_31_elements(shape, grouping, device):
     x = torch.empty(shape, dtype=torch.float16)
     last = x.view(-1)[-1024:].normal_().view(1, *shape[1:] if grouping == "channel" else (-1,))
-    how = (grouping, 256, 2)
-    expected = encode_reference(last, None, *how)
+    format = Format(grouping, 256, 2)
+    expected = encode_reference(last, None, format)
     with last_program_only():
-        code = encode_triton(x, None, *how)
+        code = encode_triton(x, None, format)
         for name, ours, reference in zip(code._fields, code, expected, strict=True):
             assert_same(name, ours[-reference.numel() :], reference)
-        decoded = decode_triton(code, x.shape, x.dtype, False, *how)
-    reference = decode_reference(expected, last.shape, x.dtype, False, *how)
+        decoded = decode_triton(code, x.shape, x.dtype, False, format)
+    reference = decode_reference(expected, last.shape, x.dtype, False, format)
     assert_same("x~", decoded.view(-1)[-1024:], reference.view(-1))

@@ -37,7 +37,7 @@ from actpress.codec import Codec, Context, Like
 from actpress.kernels.common import check
 from actpress.kernels.common.bits import BITS
 from actpress.kernels.common.layout import is_channels_last
-from actpress.kernels.division import ALIGN, LFC, Code, code_bytes, decode, encode
+from actpress.kernels.division import ALIGN, LFC, Code, Format, code_bytes, decode, encode
 from actpress.methods.quantize import derivative_codec, token_norm_codec
 from actpress.methods.rules import all_functions, all_layers, exact, exact_functions, with_codec
 from actpress.methods.scaled_tokens import ScaledTokens
@@ -70,10 +70,10 @@ class DivisionCodec(Codec):
         if x.numel() == 0:
             return (x,)
         maps = self._as_maps(x)
-        kernel = self._kernel(maps.shape)
-        if code_bytes(maps.shape, kernel, self.bits, self.align) >= x.numel() * x.itemsize:
+        format = self._format(maps.shape)
+        if code_bytes(maps.shape, format) >= x.numel() * x.itemsize:
             return (x,)
-        return encode(maps, context, kernel, self.bits, self.align, self.lfc)
+        return encode(maps, context, format)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
@@ -83,12 +83,14 @@ class DivisionCodec(Codec):
             maps = self._as_maps(torch.empty(shape, device="meta"))
             shape, channels_last = maps.shape, is_channels_last(maps)
         mask = kept[4] if len(kept) > 4 else None
-        check = (self._kernel(shape), self.bits, self.align, mask)
-        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, *check)
+        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, self._format(shape), mask)
         return maps.squeeze(3).transpose(1, 2) if self.layout == "tokens" else maps
 
     def _as_maps(self, x: Tensor) -> Tensor:
         return x.contiguous().transpose(1, 2).unsqueeze(3) if self.layout == "tokens" else x
+
+    def _format(self, shape: torch.Size) -> Format:
+        return Format(self._kernel(shape), self.bits, self.align, self.lfc)
 
     def _kernel(self, shape: torch.Size) -> tuple[int, int]:
         height, width = shape[2:]

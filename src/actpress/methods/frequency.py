@@ -38,6 +38,10 @@ class FrequencyCodec(Codec):
     parts: str
     transform: str
 
+    @property
+    def _format(self) -> quantize.Format:
+        return quantize.Format("channel", 1, self.bits)
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if x.numel() == 0:
             return (x,)
@@ -47,7 +51,7 @@ class FrequencyCodec(Codec):
         if self.parts != "low":
             rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
             rest = dense_as(rest, is_channels_last(x))  # as `decode` will be told, whatever strides x has
-            kept = (*kept, *quantize.encode_reference(rest, context.uniform_like(rest), "channel", 1, self.bits))
+            kept = (*kept, *quantize.encode_reference(rest, context.uniform_like(rest), self._format))
         return kept if sum(t.numel() * t.itemsize for t in kept) < x.numel() * x.itemsize else (x,)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
@@ -59,9 +63,7 @@ class FrequencyCodec(Codec):
             parts.append(back_reference(low, tuple(like.shape[2:]), self.block, self.transform, torch.float32))
         if self.parts != "low":
             code = quantize.Code(*kept)
-            parts.append(
-                quantize.decode_reference(code, like.shape, torch.float32, like.channels_last, "channel", 1, self.bits)
-            )
+            parts.append(quantize.decode_reference(code, like.shape, torch.float32, like.channels_last, self._format))
         memory_format = torch.channels_last if like.channels_last else torch.contiguous_format
         return saturated(sum(parts), like.dtype).contiguous(memory_format=memory_format)
 

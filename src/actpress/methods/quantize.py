@@ -31,7 +31,7 @@ from actpress.kernels import lloyd_max
 from actpress.kernels.common import check
 from actpress.kernels.common.bits import BITS
 from actpress.kernels.masks import relu_backward
-from actpress.kernels.quantize import GROUPINGS, Code, code_bytes, decode, encode
+from actpress.kernels.quantize import GROUPINGS, Code, Format, code_bytes, decode, encode
 from actpress.methods.rules import all_functions, all_layers
 from actpress.methods.scaled_tokens import ScaledTokens
 from actpress.swap import Method, Replacement
@@ -50,16 +50,20 @@ class QuantizeCodec(Codec):
     rounding: str
     relu_mask: bool = False
 
+    @property
+    def _format(self) -> Format:
+        return Format(self.grouping, self.size, self.bits)
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0 or code_bytes(x.shape, self.grouping, self.size, self.bits) >= x.numel() * x.itemsize:
+        if x.numel() == 0 or code_bytes(x.shape, self._format) >= x.numel() * x.itemsize:
             return (x,)
         source = context if self.rounding == "stochastic" else None
-        return encode(x, source, self.grouping, self.size, self.bits)
+        return encode(x, source, self._format)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
             return kept[0]
-        return _masked(decode(Code(*kept[:3]), *like, self.grouping, self.size, self.bits), kept[3:], like)
+        return _masked(decode(Code(*kept[:3]), *like, self._format), kept[3:], like)
 
 
 @dataclass(frozen=True)

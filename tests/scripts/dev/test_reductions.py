@@ -31,6 +31,7 @@ import torch
 import compile_kernels, reductions
 from actpress.kernels import division
 from actpress.kernels.common import launch
+from actpress.kernels.division.triton import encode_triton
 from actpress.kernels.proof import registry
 
 def scattered(launches):
@@ -45,7 +46,7 @@ for size in (14, 24, 28, 32) if not found else ():
     for lfc in division.LFC:
         with launch.recorded() as launches:
             seed = torch.empty(1, dtype=torch.int64, device="meta")
-            division.encode_triton(torch.empty(2, 3, size, size, device="meta"), seed, (8, 8), 8, "ceil", lfc)
+            encode_triton(torch.empty(2, 3, size, size, device="meta"), seed, division.Format((8, 8), 8, "ceil", lfc))
         found[f"{size} {lfc}"] = scattered(launches)
 print(json.dumps(found))
 """
