@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels of group quantization: which kernels run for a shape, and with which tiles. Device code: device.py."""
+"""Launchers of the Triton kernels of group quantization: which kernels run for a shape, and with which tiles. Device code: kernels.py."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from actpress.kernels.common.groups import LARGEST, Cut, cut
 from actpress.kernels.common.launch import cdiv, next_power_of_2
 from actpress.kernels.common.layout import empty, is_channels_last
 from actpress.kernels.common.noise import noise_bits
-from actpress.kernels.quantize import device
+from actpress.kernels.quantize import kernels
 from actpress.kernels.quantize.reference import Code, Format
 
 PART = 8192  # elements of the parts in which larger groups are measured
@@ -48,7 +48,7 @@ def encode_triton(x: Tensor, seed: Tensor | None, format: Format, config: launch
     if not done:
         grid = (cdiv(x.numel(), config["TILE"]),)
         options = _over_memory(where, bits, config) | {"EIGHTS": config["TILE"] // 8}
-        launch.run(device.codes_kernel, grid, *arguments, x.numel(), codes.numel(), **options)
+        launch.run(kernels.codes_kernel, grid, *arguments, x.numel(), codes.numel(), **options)
     return code
 
 
@@ -64,7 +64,7 @@ def _encode_rows(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
     """low and step of groups of consecutive elements. Returns whether the codes were made as well."""
     if _sharing(where := _merged(where)) == 8:
         grid, sizes, options = _aligned(where, x.itemsize, bits, tuple(config.items()))
-        launch.run(device.aligned_kernel, grid, x, seed, codes, low, step, *sizes, **options)
+        launch.run(kernels.aligned_kernel, grid, x, seed, codes, low, step, *sizes, **options)
         return True
     sharing = _sharing(where)
     whole_bytes = where.rows == 1 and where.size * (8 // sharing) <= LARGEST
@@ -92,7 +92,7 @@ def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, c
     bounds = [x.new_empty(where.rows, parts, dtype=torch.float32) for _ in range(2)]
     _run_rows(x, None, None, *bounds, where._replace(size=PART), 0, config)
     options = {"PARTS": parts, "BITS": bits, "BLOCK": min(next_power_of_2(parts), 1024)}
-    launch.run(device.finish_kernel, (where.rows,), *bounds, low, step, **options, num_warps=1, fp_fusion=False)
+    launch.run(kernels.finish_kernel, (where.rows,), *bounds, low, step, **options, num_warps=1, fp_fusion=False)
 
 
 def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> None:
@@ -100,7 +100,7 @@ def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bit
     groups = max(config["TILE"] // block, 1 if codes is None else 8 // _sharing(where))
     programs = cdiv(where.per_row, groups)
     launch.run(
-        device.rows_kernel,
+        kernels.rows_kernel,
         (where.rows * programs,),
         *(x, seed, codes, low, step),
         *(programs, where.per_row, where.length, 0 if codes is None else codes.numel()),
@@ -120,7 +120,7 @@ def _encode_maps(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
     aligned = where.channels % 8 == 0
     grid, sizes, options = _maps(where, x.itemsize, bits, tuple(config.items()))
     inverse = torch.empty(low.shape if aligned else 0, dtype=torch.float32, device=x.device)
-    launch.run(device.maps_kernel, grid, x, seed, codes if aligned else None, low, step, inverse, *sizes, **options)
+    launch.run(kernels.maps_kernel, grid, x, seed, codes if aligned else None, low, step, inverse, *sizes, **options)
     return aligned
 
 
@@ -160,13 +160,13 @@ def _decoding(
     if where.channels % 8:
         sizes, options = (count, packed_bytes(count, bits)), _over_memory(where, bits, config)
         options |= {"SLOTS": config["TILE"] // lanes, "LANES": lanes, "SHARE": min(options["SHARE"], lanes)}
-        return device.decode_kernel, (cdiv(count, config["TILE"]),), sizes, options
+        return kernels.decode_kernel, (cdiv(count, config["TILE"]),), sizes, options
     channels = channels_a_program(where, itemsize)
     programs, pixels = cdiv(where.channels, channels), config["TILE"] // channels
     blocks = cdiv(where.size, pixels)
     options = {"BITS": bits, "PIXELS": pixels, "CHANNELS": channels, "LANES": lanes, **_options(config)}
     sizes = (blocks, programs, where.size, where.channels)
-    return device.decode_maps_kernel, (where.rows * blocks * programs,), sizes, options
+    return kernels.decode_maps_kernel, (where.rows * blocks * programs,), sizes, options
 
 
 def _merged(where: Cut) -> Cut:
