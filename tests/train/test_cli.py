@@ -245,7 +245,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="forking", node=Conf, 
 """
 
 
-@pytest.mark.quick(1, "basic")
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "seeds"), [("basic", (0, 7)), ("forking", (0, 7, 8))], ids=["basic", "forking"])
 def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seeds):
     """Jobs that lack the option, have a bad value, a bug (seed 7), or are killed (8) where they have their own processes."""
@@ -304,7 +304,7 @@ def test_an_interrupted_sweep_says_which_job_it_stopped_in(tmp_path, monkeypatch
     ]
 
 
-@pytest.mark.quick(1, "one run-a full disk")
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["a pipe", "a full disk"])
 @pytest.mark.parametrize("overrides", [[], ["-m", "seed=0,1"]], ids=["one run", "a sweep"])
 def test_output_that_cannot_be_written_stops_no_training(tmp_path, where, overrides):
@@ -338,6 +338,7 @@ def ended(overrides: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("key", ["outputs", "records"])
 @pytest.mark.parametrize("way", ["a file", "below a file", "a broken link", "read-only"])
 def test_results_that_cannot_be_written_are_named_before_training(tmp_path, monkeypatch, capsys, key, way):
@@ -369,6 +370,7 @@ def test_what_is_no_path_is_named(tmp_path, monkeypatch, capsys, key, value):
     assert re.fullmatch(rf"error: {key}=(None|5|) must be the path of a folder\n", err)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("suffix", ["", ".tmp"])
 @pytest.mark.parametrize("file", ["lock", "config", "log", "resume_file", "record"])
 def test_folders_in_place_of_files_are_named_before_training(tmp_path, file, suffix):
@@ -431,7 +433,7 @@ def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
     assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
 
 
-@pytest.mark.quick(2, "audit.py batch=abc*", "kernel_report.py foo*")
+@pytest.mark.quick(1, "audit.py batch=abc*")
 @pytest.mark.parametrize(
     ("line", "message"),
     [

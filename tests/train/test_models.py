@@ -62,7 +62,7 @@ def test_every_name_has_a_config_and_a_count():
     assert set(models.NAMES) == set(PARAMETERS) == {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("name", "geometry", "count"), CASES)
 def test_builds_without_memory(name, geometry, count):
     with torch.device("meta"):
@@ -73,6 +73,7 @@ def test_builds_without_memory(name, geometry, count):
     assert gradients_on_meta(net, image_size) == (2, num_classes)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(("name", "library"), [*models._TORCHVISION.items(), *models._VIT.items()])
 def test_imagenet_geometry_is_the_library_network(name, library):
     with torch.device("meta"):

@@ -56,6 +56,7 @@ def test_bert_saves_what_the_formula_says():
     assert round((stock - inverted) / 2**30, 2) == 1.09
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("precision,saving", [("fp32", 15.0), ("bf16-true", 13.3)])
 def test_mistral_saves_what_was_predicted(precision, saving):
     """32 layers, SDPA attention, percent of all saved bytes, within .3 points."""
