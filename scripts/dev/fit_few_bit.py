@@ -3,12 +3,13 @@
 python scripts/dev/fit_few_bit.py            rewrite the file and print it
 python scripts/dev/fit_few_bit.py --check    exit 1 if the file on disk is not what this script generates
 
-f' is replaced by 2^bits constants on as many intervals of the line, so that the integral of (f' - constant)^2 over the whole line is
-least. The outermost constants must then be 0 and 1. Dynamic programming over a grid of borders finds the best arrangement; solving
+2^bits constants on as many intervals of the line replace f', so that the integral of (f' - constant)^2 over the whole line is least. The
+outermost constants must then be 0 and 1. Dynamic programming over a grid of borders finds the best borders of the grid. They are the start
+from which these equations are solved:
 
     constant of [a, b] = (f(b) - f(a)) / (b - a)        f'(border) = mean of the constants on its two sides
 
-from there makes the borders exact. QuickGELU is silu(1.702 x) / 1.702: SiLU's constants, borders divided by 1.702.
+QuickGELU is silu(1.702 x) / 1.702. It has SiLU's constants, and SiLU's borders divided by 1.702.
 """
 
 import sys
@@ -58,8 +59,10 @@ ACTIVATIONS = {
 
 
 def costs(a: Activation) -> tuple[Real, Real]:
-    """Grid of borders [n] and least integrated squared error of one constant between any two of them [n, n]; row 0 and the last
-    column stand for the tails, with constants 0 and 1."""
+    """Grid of borders [n], and the least integrated squared error of one constant between any two of them [n, n].
+
+    Row 0 and the last column are the tails, whose constants are 0 and 1.
+    """
     x = np.linspace(-REACH, REACH, GRID + 1)
     fine = np.linspace(-REACH, REACH, GRID * FINE + 1)
     squares = a.slope(fine) ** 2
@@ -147,9 +150,9 @@ def numbers(name: str, values: Real) -> list[str]:
 
 
 def digits(value: float, decimals: int = 9) -> str:
-    """Fewer digits than the computation has, so that every machine writes the same."""
+    """The value with fewer digits than the computation has, so that every machine writes the same."""
     return repr(round(float(value), decimals) + 0.0)  # + 0.0: no -0.0
 
 
 if __name__ == "__main__":
-    sys.exit(generated.write(TARGET, generate, sys.argv[1:]))
+    sys.exit(generated.run(TARGET, generate, __doc__))

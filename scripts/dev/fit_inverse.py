@@ -3,22 +3,22 @@
 python scripts/dev/fit_inverse.py            rewrite the file and print it
 python scripts/dev/fit_inverse.py --check    exit 1 if the file on disk is not what this script generates
 
-f falls from 0 to its minimum (x*, y*) and rises again, so its output y and one bit (left or right of x*) determine x and
-thus f'(x). Near the minimum f' goes like the square root of y - y*, hence the variables
+f falls from 0 to its minimum (x*, y*) and rises again. So its output y and one bit (left or right of x*) determine x and thus f'(x).
+Near the minimum f' behaves like the square root of y - y*, hence the variables
 
     left    t = sqrt(-ln(y / y*))    f' = y * t * N(t) / D(t)
     right   v = sqrt(y - y*)         f' = 1 + w(y) * (-1 / w(y*) + v * N(v) / D(v)),  w(y) = exp(-y^2 / 2) or exp(-y)
 
-Both are 0 at the minimum whatever N and D are. N / D minimises the largest absolute error of f' on its branch (Lawson's
-algorithm on Gauss-Newton steps), for three decoders: the finer, the higher its degrees. All is computed in 40 digits, so that the result is
-the same on every machine.
+Both are 0 at the minimum for any N and D. N / D minimises the largest absolute error of f' on its branch (Lawson's algorithm on
+Gauss-Newton steps). There are three decoders; a finer one has higher degrees. All is computed with 40 digits, so that the result is the
+same on every machine.
 
-Rounding: an output stands for all that round to it, [y - h, y + h], h being half the spacing of its dtype near y*. As f' goes
-like a root, the middle of its range there is nearer to (sqrt(gap - h) + sqrt(gap + h)) / 2 than to sqrt(gap), gap = y - y*; negative
-radicands count as 0. `half_spacing` is h. `floor` is the least gap to assume after that: the one with which the largest error over
-every 16-bit input near x* is least.
+Rounding: an output represents all values that round to it, [y - h, y + h], where h is half the spacing of its dtype near y*. As f' behaves
+like a root, the middle of its range there is closer to (sqrt(gap - h) + sqrt(gap + h)) / 2 than to sqrt(gap), where gap = y - y*; negative
+radicands count as 0. `half_spacing` is h. `floor` is the least gap to assume after that: the value that minimises the largest error over
+all 16-bit inputs near x*.
 
-QuickGELU is silu(1.702 x) / 1.702 and takes SiLU's fit; its x_min is in its own units, all else in SiLU's.
+QuickGELU is silu(1.702 x) / 1.702 and uses SiLU's fit. Its x_min is in its own units, all other values are in SiLU's.
 """
 
 import sys
@@ -32,7 +32,7 @@ from mpmath import diff, erfc, exp, findroot, log, lu_solve, matrix, mp, mpf, pi
 
 TARGET = Path(__file__).resolve().parents[2] / "kernels" / "inverted" / "coefficients.py"
 LEFT_DEGREES = {"fine": (3, 3), "medium": (2, 2), "coarse": (1, 1)}  # of N and D, for each decoder
-POINTS = 120  # at which a fit is held to the function, on each branch
+POINTS = 120  # of each branch, at which a fit is compared with the function
 STARTING_ROUNDS, ROUNDS = 30, 40  # of linearised least squares, of Lawson's algorithm
 SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bits of each dtype's significand
 TUNED = ("bfloat16", "float16")  # dtypes with a floor; the others are too fine to enumerate and to need one
@@ -54,7 +54,7 @@ class Activation(NamedTuple):
     f: Callable[[mpf], mpf]
     slope: Callable[[mpf], mpf]  # f'
     gauss: bool  # w(y) is exp(-y^2 / 2), otherwise exp(-y)
-    start: mpf  # inputs below have outputs of no weight
+    start: mpf  # outputs of smaller inputs are negligible
     saturation: mpf  # outputs above have f' = 1
     right_degrees: dict[str, tuple[int, int]]  # of N and D, for each decoder
 
@@ -63,7 +63,7 @@ class Activation(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A fit and what it achieves."""
+    """A fit and its largest error."""
 
     numerator: list[mpf]  # ascending powers
     denominator: list[mpf]  # ascending powers, the first is 1
@@ -126,8 +126,8 @@ def polynomial(coefficients: Sequence[mpf], u: mpf) -> mpf:
 def fit(degrees: tuple[int, int], u: list[mpf], target: list[mpf], weight: list[mpf]) -> Branch:
     """N / D of these degrees that minimises max |weight * (N(u) / D(u) - target)| over the points.
 
-    First linearised: N - target * D, weighted by 1 / D of the round before. Then Gauss-Newton steps, in which points with large
-    errors gain emphasis from round to round.
+    The first rounds solve the linearised problem: N - target * D, weighted by 1 / D of the round before. Gauss-Newton steps follow, in
+    which points with large errors gain emphasis from round to round.
     """
     n, m = degrees
     emphasis, ratio, denominator_at, best = [mpf(1)] * len(u), target, [mpf(1)] * len(u), None
@@ -163,7 +163,7 @@ def least_squares(rows: list[list[mpf]], wanted: list[mpf], emphasis: list[mpf])
 
 
 def points(start: mpf, end: mpf) -> list[mpf]:
-    """Inputs strictly between the two, denser towards both."""
+    """Inputs strictly between start and end, denser towards both."""
     return [start + (end - start) * (1 - mp.cos(pi * (i + mpf(1) / 2) / POINTS)) / 2 for i in range(POINTS)]
 
 
@@ -184,7 +184,7 @@ def fit_branches(a: Activation, x_min: mpf, y_min: mpf, decoder: str) -> tuple[B
 
 
 def spacing(x: mpf, bits: int) -> mpf:
-    """Distance of neighbouring numbers with `bits` significant bits, near x."""
+    """Distance of neighbouring numbers of `bits` significant bits near x."""
     return mpf(2) ** (mp.floor(log(abs(x), 2)) + 1 - bits)
 
 
@@ -194,7 +194,7 @@ def rounded(x: mpf, bits: int) -> mpf:
 
 
 def output(a: Activation, x: mpf, scale: mpf, bits: int) -> mpf:
-    """What a network computes for a 16-bit x. GELU and SiLU round once; QuickGELU is three operations, each rounded."""
+    """The output that a network computes for a 16-bit x. GELU and SiLU round once; QuickGELU rounds after each of three operations."""
     if scale == 1:
         return rounded(a.f(x), bits)
     return rounded(x * rounded(sigmoid(rounded(scale * x, bits)), bits), bits)
@@ -216,7 +216,7 @@ def floor(a: Activation, x_min: mpf, y_min: mpf, branches: tuple[Branch, Branch]
     grid = spacing(x_min / scale, bits)
     first = int(mp.ceil((x_min / scale - reach) / grid))
     xs = [i * grid for i in range(first, first + int(2 * reach / grid))]
-    near = []  # (left, gap that rounding suggests, f') of each input
+    near = []  # of each input: (left, the gap as the kernels compute it, f')
     for x in xs:
         gap = scale * output(a, x, scale, bits) - y_min
         half = scale * step / 2
@@ -281,4 +281,4 @@ def digits(x: mpf, n: int = 17) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(generated.write(TARGET, generate, sys.argv[1:]))
+    sys.exit(generated.run(TARGET, generate, __doc__))

@@ -1,20 +1,28 @@
-"""What scripts share that write a generated source file."""
+"""The command line of scripts that write a generated source file."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from actpress.train import command
 
-def write(target: Path, generate: Callable[[], str], arguments: list[str]) -> int:
-    """Write generate() to `target`, or with the argument --check say whether it is there already. Returns the exit code."""
-    if arguments in (["-h"], ["--help"]):
-        print(f"usage: python {sys.argv[0]} [--check]\n\n{sys.modules['__main__'].__doc__}")
-        return 0
-    if arguments not in ([], ["--check"]):
-        print(f"error: arguments {' '.join(arguments)!r}, allowed: none or --check", file=sys.stderr)
-        return 2
-    text = generate()
-    if arguments:
+
+def run(target: Path, generate: Callable[[], str], description: str | None) -> int:
+    """Write generate() to `target` and print it. With --check, only report whether `target` has this content. Returns the exit code."""
+    parser = command.Parser(description)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the file is not what the script generates"
+    )
+
+    def main() -> int:
+        check = parser.parse_args(sys.argv[1:]).check
+        return write(target, generate(), check)
+
+    return command.main(main)
+
+
+def write(target: Path, text: str, check: bool) -> int:
+    if check:
         same = target.is_file() and target.read_text() == text
         print(f"{target.name} {'is' if same else 'is NOT'} what the script generates")
         return 0 if same else 1
