@@ -15,8 +15,10 @@ def one_of(where: object, **allowed: Collection) -> None:
 
 def choice(where: object, name: str, value: Any, allowed: Collection) -> None:
     """The value is one of those allowed, and of the same type: 2.0 is not 2, and True is not 1."""
-    if not any(type(value) is type(one) and value == one for one in allowed):
-        refuse(where, name, value, ", ".join(map(str, allowed)))
+    for one in allowed:
+        if type(value) is type(one) and value == one:
+            return
+    refuse(where, name, value, ", ".join(map(str, allowed)))
 
 
 def integer(where: object, name: str, value: Any, least: int, most: int | None = None) -> None:

@@ -1,12 +1,14 @@
-"""Launching Triton kernels, and what every kernel declares so that it can be proven without a GPU and timed with one.
+"""Launching Triton kernels, registering operations, and what every kernel declares so that it can be proven without a GPU.
 
-`run` is the only place where a kernel starts. It runs it on a CUDA device, or, where TRITON_INTERPRET=1 was set before Triton was
-imported, in Triton's interpreter on CPU tensors. Within `recorded()` nothing runs: what would have been launched is collected instead, so
-that a launcher called with tensors of the meta device tells which kernels to compile ahead of time.
+`run` is the only place where a kernel starts: on a CUDA device, or in Triton's interpreter on CPU tensors where TRITON_INTERPRET=1 was set
+before Triton was imported. Within `recorded()` nothing runs; the launches are collected instead. So a launcher that is called with
+tensors of the meta device shows which kernels to compile ahead of time.
 
-Configurations (tile sizes, warps) are listed per kernel, the default first, and never chosen by timing at run time: the order of sums,
-hence the last bit of a result, must not depend on which was faster today. scripts/bench_kernels.py times them all; the list's order
-is where its answer goes.
+`operation` registers an operation with PyTorch. Every public function with a kernel calls one.
+
+Configurations (tile sizes, warps) are listed per kernel, the default first. They are never chosen by timing at run time: the order of sums,
+hence the last bit of a result, must not depend on what was faster today. scripts/bench_kernels.py times all of them; to act on its result,
+reorder the list so that the fastest configuration comes first.
 """
 
 import inspect
@@ -39,14 +41,12 @@ __all__ = [
     "directly",
     "nbytes",
     "next_power_of_2",
-    "on_cuda",
     "on_gpu",
     "operation",
     "recorded",
     "run",
     "tl",
     "triton",
-    "way",
 ]
 
 Config = Mapping[str, int]  # launch options: constexpr arguments of the kernel, num_warps, num_stages
@@ -72,13 +72,11 @@ class Launch:
 class Case:
     """One public operation at one realistic size: what tests compile and compare, and the benchmark times.
 
-    make(dtype, device) -> inputs. kernel(*inputs, config=one of configs) and reference(*inputs) return the same tensors. stock(*inputs)
-    is what PyTorch would run in its place, None where there is no counterpart.
-
-    moved(*inputs): bytes of device memory the kernel reads and writes, masked lanes and what the caches serve left out.
-    floor(*inputs): the least possible, each input read once and each output written once.
-
-    tiny(dtype, device) -> inputs so small that Triton's interpreter takes seconds over them; None leaves the case out there.
+    make(dtype, device) -> inputs. kernel(*inputs, config=one of configs) and reference(*inputs) return the same tensors.
+    stock(*inputs): what PyTorch would run instead; None where there is no counterpart.
+    moved(*inputs): bytes of device memory that the kernel reads and writes, without masked lanes and what caches serve.
+    floor(*inputs): the least possible bytes, each input read once and each output written once.
+    tiny(dtype, device) -> inputs so small that Triton's interpreter takes seconds for them; None: the case is not interpreted.
     """
 
     name: str
@@ -97,21 +95,21 @@ class Case:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether public operations run a kernel for x. fp64 tensors take the reference on every device, as do CPU tensors."""
+    """Whether public functions run a kernel for x. CPU tensors, and fp64 tensors on every device, take the reference."""
     return x.is_cuda and x.dtype != torch.float64
 
 
 def directly(x: Tensor) -> bool:
-    """Whether a public operation calls its kernel's launcher itself: x is an ordinary CUDA tensor, and nothing looks at operations.
+    """Whether a call may skip the registered operation: x is an ordinary CUDA tensor, and nothing observes operations.
 
-    The way through a registered operation takes a host 15 to 50 us more, as long as a small kernel runs. It is there for those who do look:
+    The registered operation costs the host 15 to 50 us more, as long as a small kernel runs. It is needed by whatever observes operations:
     torch.compile, fake tensors, dispatch modes, functorch transforms, traces, and autograd where it records, which cannot differentiate it.
     """
     return not torch.compiler.is_compiling() and x.is_cuda and plain(x)
 
 
 def plain(x: Tensor) -> bool:
-    """Whether nothing stands between x and its memory, and nothing looks at what is computed of it."""
+    """Whether x is an ordinary tensor, not a lazy view of another, and nothing observes the operations on it."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch.is_grad_enabled()
@@ -123,20 +121,12 @@ def plain(x: Tensor) -> bool:
     )
 
 
-def way(op: Any, x: Tensor) -> Callable:
-    """What a public operation calls for x, a tensor `on_gpu`, with the arguments of `op`: op, or the kernel that on_cuda gave it."""
-    return _kernels[op] if directly(x) else op
-
-
-_kernels: dict[Any, Callable] = {}
-
-
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
-    """Run `kernel` on `grid` (nothing, if it is empty) with positional `arguments`, a tensor among them, and a Config and other constexprs
-    as keywords.
+    """Run `kernel` on `grid`; an empty grid runs nothing.
 
-    fp_fusion=False keeps a * b + c as two rounded operations, as the reference computes it. Raises RuntimeError for CPU tensors outside of
-    the interpreter and where Triton is not installed.
+    arguments: positional, at least one of them a tensor. constexprs: a Config and other constants of the kernel.
+    fp_fusion=False keeps a * b + c as two rounded operations, as the reference computes it.
+    Raises RuntimeError for CPU tensors outside of the interpreter, and where Triton is not installed.
     """
     record = _recorded.get()
     if record is not None:
@@ -158,15 +148,6 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, fp_fusion: bool = T
     else:
         with torch.cuda.device(device):
             kernel[grid](*arguments, enable_fp_fusion=fp_fusion, **constexprs)
-
-
-def on_cuda(op: Any, kernel: Callable, tells: Callable[..., bool] = lambda x, *_: on_gpu(x)) -> None:
-    """Let a custom op run `kernel` on CUDA tensors, its own function, the reference, on all others and on fp64.
-
-    tells: whether the kernel runs, from the op's arguments; by default its first, a tensor, says so.
-    """
-    _kernels[op] = kernel
-    op.register_kernel("cuda")(lambda *inputs: (kernel if tells(*inputs) else op._init_fn)(*inputs))
 
 
 class Operation:
@@ -207,21 +188,19 @@ class Operation:
 
         def cuda(*arguments: Any) -> Any:
             arguments = self._ordered(arguments)
-            return _plain((launcher if self.runs_kernel(*arguments) else reference)(*arguments))
+            runs = on_gpu(arguments[decides]) and (fits is None or fits(*arguments))
+            return _plain((launcher if runs else reference)(*arguments))
 
         body.__signature__ = signature  # torch.library makes the schema from it
         self.op = torch.library.custom_op(f"actpress::{name}", body, mutates_args=tuple(mutates))
         self.op.register_fake(fake)
         self.op.register_kernel("cuda")(cuda)
 
-    def runs_kernel(self, *arguments: Any) -> bool:
-        """Whether a call with these arguments of the reference runs the kernel."""
-        return on_gpu(arguments[self.decides]) and (self.fits is None or self.fits(*arguments))
-
     def __call__(self, *arguments: Any) -> Any:
-        if not self.runs_kernel(*arguments):
+        decisive = arguments[self.decides]
+        if not on_gpu(decisive) or (self.fits is not None and not self.fits(*arguments)):
             return self.reference(*arguments)
-        if not directly(arguments[self.decides]):
+        if not directly(decisive):
             order = (is_channels_last(arguments[self._in_order[0]]),) if self._appends_order else ()
             return self.op(*arguments, *order)
         result = self.launcher(*arguments)
@@ -285,12 +264,12 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes a host 3 us."""
+    """a / b, rounded up. Triton's own takes the host 3 us."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two from n on; 0 for 0, as Triton's own, which takes a host 5 us."""
+    """The least power of two that is not below n; 0 for 0, as Triton's own, which takes the host 5 us."""
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 

@@ -92,7 +92,7 @@ def cases() -> list[launch.Case]:
         "tokens_always": ((64, 1, 197, 3072), (1, 1, 80, 512), False, (8, 1), 2, "always"),
         "block_32": ((32, 48, 56, 56), (1, 3, 35, 32), False, (32, 32), 2, "auto"),
     }
-    notes = {"tokens_always": "re-read: a map is a sample, cut into parts; the codes need the extremes of all"}
+    notes = {"tokens_always": "re-read: a map is a sample, split into parts; the codes need the extremes of all"}
 
     def encoded(shape: tuple, channels_last: bool, how: tuple, dtype: torch.dtype, device: str) -> tuple:
         kernel, bits, lfc = how

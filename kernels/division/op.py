@@ -1,5 +1,6 @@
 """DIVISION's code: registered operations and public functions."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,11 @@ from actpress.kernels.division.triton import decode_triton, encode_triton
 
 
 def _format(kernel: Sequence[int], *rest: int | str) -> Format:
-    """The Format of which a registered operation has the fields as arguments."""
+    """The Format whose fields are arguments of a registered operation."""
     return Format(tuple(kernel), *rest)
+
+
+_known_format = functools.cache(Format)  # for numbers that are not symbolic: launchers look their plans up by it
 
 
 def _encode_reference(
@@ -54,13 +58,13 @@ def _decode_launcher(
     mask: Tensor | None,
 ) -> Tensor:
     code = Code(lfc, codes, low, step)
-    return decode_triton(code, shape, dtype, channels_last, _format(kernel, bits, align), mask)
+    return decode_triton(code, shape, dtype, channels_last, _known_format(tuple(kernel), bits, align), mask)
 
 
 _encode = launch.operation(
     "division_encode",
     _encode_reference,
-    lambda x, seed, *format: encode_triton(x, seed, _format(*format)),
+    lambda x, seed, kernel, *rest: encode_triton(x, seed, _known_format(tuple(kernel), *rest)),
     lambda x, seed, *format: empty_code(x, _format(*format)),
     in_order=["x"],
 )

@@ -26,7 +26,7 @@ CROWDED = (
     48 * 1024
 )  # bytes of a program's maps from which on it gets twice the threads: fewer programs then share a cache
 FEW = 256  # programs, or less, leave most of a GPU idle
-PARTS = 256  # that a map is cut into, at most
+PARTS = 256  # of a map, at most
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
     tile: int = 1  # blocks at a time, or pixels where the means are known
     known: bool = False  # means are in memory already
     codes: bool = True  # makes the codes too
-    # Of memory in order: `units` outers are cut into `chunks`.
+    # Of memory in order: `units` outers are split into `chunks`.
     units: int = 1
     chunks: int = 1
     threads: int = 1  # who own neighbours
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """Neighbours that a thread codes: as many as share a draw of noise, or eight where a pixel's channels are cut into eights."""
+        """Neighbours that a thread encodes: as many as share a draw of noise, or eight where a pixel's channels are split into eights."""
         if self.bits <= 2 and (self.channels == 1 or self.channels % 8):
             return 16
         return 16 if self.bits <= 2 and math.gcd(self.channels, self.maps) % 16 == 0 else 8
@@ -181,15 +181,15 @@ def strategy_of(
         more = min(max(maps * block * count, lanes), LARGEST) // lanes
         many, warps = many * more, warps * more
         programs = triton.cdiv(outers, maps)
-    cut = replace(plan, maps=maps, tile=min(count, max(_power(many // (maps * block)), 1)), threads=32 * warps)
-    few = programs <= FEW and cut.tiles * cut.tile * maps * block > 2 * LARGEST
+    share = replace(plan, maps=maps, tile=min(count, max(_power(many // (maps * block)), 1)), threads=32 * warps)
+    few = programs <= FEW and share.tiles * share.tile * maps * block > 2 * LARGEST
     if not (known or few or plan.pixels * plan.channels >= 2**31):
-        return Strategy(replace(cut, codes=codes), outers, programs, warps, 0)
+        return Strategy(replace(share, codes=codes), outers, programs, warps, 0)
     many = lanes if known or plan.channels == 1 else 2 * lanes
-    cut = replace(cut, tile=min(count, max(_power(many // (maps * block)), 1)))
-    parts = max(min(PARTS, cut.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
-    parts = triton.cdiv(cut.tiles, triton.cdiv(cut.tiles, parts))  # none of them empty
-    return Strategy(cut, outers, programs, 2 * num_warps, parts)
+    share = replace(share, tile=min(count, max(_power(many // (maps * block)), 1)))
+    parts = max(min(PARTS, share.tiles, triton.cdiv(4 * FEW, max(programs, 1))), 1)
+    parts = triton.cdiv(share.tiles, triton.cdiv(share.tiles, parts))  # none of them empty
+    return Strategy(share, outers, programs, 2 * num_warps, parts)
 
 
 @functools.cache

@@ -34,10 +34,8 @@ class Format:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of blocks of a map."""
-        return tuple(
-            -(-size // k) if self.align == "ceil" else size // k
-            for size, k in zip((height, width), self.kernel, strict=True)
-        )
+        kh, kw = self.kernel
+        return (-(-height // kh), -(-width // kw)) if self.align == "ceil" else (height // kh, width // kw)
 
 
 class Code(NamedTuple):

@@ -150,7 +150,7 @@ def _max_pool2d_backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """Maps of height x width cells x channels, cut into tiles, see _tile."""
+    """Maps of height x width cells x channels, split into tiles, see _tile."""
 
     maps: int
     height: int

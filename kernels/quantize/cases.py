@@ -8,7 +8,7 @@ from torch import Tensor
 
 from actpress.kernels.common import launch
 from actpress.kernels.common.bits import packed_bytes
-from actpress.kernels.common.groups import LARGEST, Cut
+from actpress.kernels.common.groups import LARGEST, Partition
 from actpress.kernels.common.launch import cdiv
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.common.noise import noise_bits, uniform_reference
@@ -63,7 +63,7 @@ def decode_moved(code: Code, shape: torch.Size, dtype: torch.dtype, channels_las
     return launch.nbytes(code.codes) + math.prod(shape) * dtype.itemsize + 4 * seen
 
 
-def _seen(where: Cut) -> int:
+def _seen(where: Partition) -> int:
     """Groups of consecutive elements, each as often as there are programs, of TILE elements, that see some of it."""
     firsts = range(CONFIGS[0]["TILE"], where.rows * where.length, CONFIGS[0]["TILE"])
     return where.groups + sum(first % where.length % where.size != 0 for first in firsts)

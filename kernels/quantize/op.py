@@ -1,5 +1,6 @@
 """Group quantization: registered operations and public functions."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,10 +35,12 @@ def _decode_reference(
     return decode_reference(Code(codes, low, step), torch.Size(shape), dtype, channels_last, format)
 
 
+_known_format = functools.cache(Format)  # for numbers that are not symbolic: launchers look their plans up by it
+
 _encode = launch.operation(
     "quantize_encode",
     _encode_reference,
-    lambda x, seed, *format: encode_triton(x, seed, Format(*format)),
+    lambda x, seed, *format: encode_triton(x, seed, _known_format(*format)),
     lambda x, seed, *format: empty_code(x, Format(*format)),
     in_order=["x"],
 )
@@ -45,7 +48,7 @@ _decode = launch.operation(
     "quantize_decode",
     _decode_reference,
     lambda codes, low, step, shape, dtype, channels_last, *format: decode_triton(
-        Code(codes, low, step), shape, dtype, channels_last, Format(*format)
+        Code(codes, low, step), shape, dtype, channels_last, _known_format(*format)
     ),
     lambda codes, low, step, shape, dtype, channels_last, *_: empty(shape, dtype, codes.device, channels_last),
     fits=lambda codes, low, step, shape, dtype, *_: dtype != torch.float64,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from actpress.kernels.common import check
 from actpress.kernels.common.bits import BITS, pack, packed_bytes, unpack
 from actpress.kernels.common.dtypes import compute_dtype
-from actpress.kernels.common.groups import GROUPINGS, LARGEST, Cut, cut
+from actpress.kernels.common.groups import GROUPINGS, LARGEST, Partition, partition
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.common.rounding import bf16_ceil, bf16_floor, finite, poison, saturated
 
@@ -34,9 +34,9 @@ class Format:
         check.integer("quantize", "size", self.size, 1, LARGEST)
         check.choice("quantize", "bits", self.bits, BITS)
 
-    def groups(self, shape: torch.Size, channels_last: bool) -> Cut:
+    def groups(self, shape: torch.Size, channels_last: bool) -> Partition:
         """How a tensor of this shape is split into groups."""
-        return cut(shape, channels_last, self.grouping, self.size)
+        return partition(shape, channels_last, self.grouping, self.size)
 
 
 class Code(NamedTuple):
@@ -96,13 +96,13 @@ def in_memory_order(x: Tensor, channels_last: bool) -> Tensor:
     return (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1)
 
 
-def _grouped(flat: Tensor, where: Cut) -> Tensor:
+def _grouped(flat: Tensor, where: Partition) -> Tensor:
     """[numel] -> [rows, groups of a channel, size, channels]; short groups are padded with their last element."""
     if where.length % where.size:
         flat = F.pad(flat.view(1, where.rows, where.length), (0, -where.length % where.size), mode="replicate")
     return flat.view(where.rows, where.per_channel, where.size, where.channels)
 
 
-def _ungrouped(values: Tensor, where: Cut) -> Tensor:
+def _ungrouped(values: Tensor, where: Partition) -> Tensor:
     """The inverse of _grouped."""
     return values.view(where.rows, where.per_row * where.size)[:, : where.length].reshape(-1)

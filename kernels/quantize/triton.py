@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actpress.kernels.common import launch
 from actpress.kernels.common.bits import packed_bytes
-from actpress.kernels.common.groups import LARGEST, Cut, cut
+from actpress.kernels.common.groups import LARGEST, Partition, partition
 from actpress.kernels.common.launch import cdiv, next_power_of_2
 from actpress.kernels.common.layout import empty, is_channels_last
 from actpress.kernels.common.noise import noise_bits
@@ -35,7 +35,7 @@ def encode_triton(x: Tensor, seed: Tensor | None, format: Format, config: launch
     channels_last = is_channels_last(x)
     x = x if channels_last else x.contiguous()
     bits, device = format.bits, x.device
-    where = _cut(tuple(x.shape), channels_last, format.grouping, format.size)
+    where = _partition(tuple(x.shape), channels_last, format.grouping, format.size)
     codes = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=device)
     low, step = (torch.empty(where.groups, dtype=torch.bfloat16, device=device) for _ in range(2))
     code = Code(codes, low, step)
@@ -52,7 +52,7 @@ def encode_triton(x: Tensor, seed: Tensor | None, format: Format, config: launch
     return code
 
 
-_cut = functools.cache(cut)  # not of symbolic sizes
+_partition = functools.cache(partition)  # not of symbolic sizes
 
 
 def _as_integers(code: Code) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,9 @@ def _as_integers(code: Code) -> tuple[Tensor, Tensor]:
     return code.low.view(torch.int16), code.step.view(torch.int16)
 
 
-def _encode_rows(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> bool:
+def _encode_rows(
+    x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Partition, bits: int, config
+) -> bool:
     """low and step of groups of consecutive elements. Returns whether the codes were made as well."""
     if _sharing(where := _merged(where)) == 8:
         grid, sizes, options = _aligned(where, x.itemsize, bits, tuple(config.items()))
@@ -73,7 +75,9 @@ def _encode_rows(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
 
 
 @functools.cache
-def _aligned(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
+def _aligned(
+    where: Partition, itemsize: int, bits: int, config: tuple
+) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
     """Grid, sizes and options of the kernel for rows whose groups are whole eights."""
     config = dict(config)
     eights = _eights(bits, where.size, where.length)
@@ -86,7 +90,7 @@ def _aligned(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple
     return (where.rows * programs,), (programs, where.per_row, where.length), options
 
 
-def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config: launch.Config) -> None:
+def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Partition, bits: int, config: launch.Config) -> None:
     """low and step of groups of whole rows, each in parts."""
     parts = cdiv(where.size, PART)
     bounds = [x.new_empty(where.rows, parts, dtype=torch.float32) for _ in range(2)]
@@ -95,7 +99,7 @@ def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, c
     launch.run(kernels.finish_kernel, (where.rows,), *bounds, low, step, **options, num_warps=1, fp_fusion=False)
 
 
-def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> None:
+def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Partition, bits: int, config) -> None:
     block = max(next_power_of_2(where.size), 8)
     groups = max(config["TILE"] // block, 1 if codes is None else 8 // _sharing(where))
     programs = cdiv(where.per_row, groups)
@@ -115,7 +119,9 @@ def _run_rows(x: Tensor, seed, codes, low: Tensor, step: Tensor, where: Cut, bit
     )
 
 
-def _encode_maps(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Cut, bits: int, config) -> bool:
+def _encode_maps(
+    x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, where: Partition, bits: int, config
+) -> bool:
     """low and step of groups that are channels, and codes if channels are a multiple of eight. Returns whether the codes were made."""
     aligned = where.channels % 8 == 0
     grid, sizes, options = _maps(where, x.itemsize, bits, tuple(config.items()))
@@ -125,7 +131,9 @@ def _encode_maps(x: Tensor, seed, codes: Tensor, low: Tensor, step: Tensor, wher
 
 
 @functools.cache
-def _maps(where: Cut, itemsize: int, bits: int, config: tuple) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
+def _maps(
+    where: Partition, itemsize: int, bits: int, config: tuple
+) -> tuple[tuple[int], tuple[int, ...], launch.Config]:
     """Grid, sizes and options of the kernel for groups that are channels."""
     config, channels = dict(config), channels_a_program(where, itemsize)
     programs = cdiv(where.channels, channels)
@@ -144,7 +152,7 @@ def decode_triton(
     config: launch.Config = CONFIGS[0],
 ) -> Tensor:
     """`decode_reference` in one pass; equal bit for bit."""
-    where = _cut(tuple(shape), channels_last, format.grouping, format.size)
+    where = _partition(tuple(shape), channels_last, format.grouping, format.size)
     x = empty(shape, dtype, code.codes.device, channels_last)
     kernel, grid, sizes, options = _decoding(where, x.itemsize, x.numel(), format.bits, tuple(config.items()))
     launch.run(kernel, grid, code.codes, *_as_integers(code), x, *sizes, **options)
@@ -153,7 +161,7 @@ def decode_triton(
 
 @functools.cache
 def _decoding(
-    where: Cut, itemsize: int, count: int, bits: int, config: tuple
+    where: Partition, itemsize: int, count: int, bits: int, config: tuple
 ) -> tuple[Any, tuple[int], tuple[int, ...], launch.Config]:
     """Kernel, grid, sizes and options to decode `count` elements."""
     config, lanes = dict(config), 16 // itemsize
@@ -169,24 +177,24 @@ def _decoding(
     return kernels.decode_maps_kernel, (where.rows * blocks * programs,), sizes, options
 
 
-def _merged(where: Cut) -> Cut:
+def _merged(where: Partition) -> Partition:
     """Rows of whole groups are one row."""
     return where._replace(rows=1, length=where.rows * where.length) if where.length % where.size == 0 else where
 
 
-def _sharing(where: Cut) -> int:
+def _sharing(where: Partition) -> int:
     """Of eight elements, counted from the first in memory, how many neighbours are of one group wherever they lie: 1, 2, 4 or 8."""
     return math.gcd(where.size, where.length, 8) if where.channels == 1 else 1
 
 
-def channels_a_program(where: Cut, itemsize: int) -> int:
+def channels_a_program(where: Partition, itemsize: int) -> int:
     """So many that all their pixels fit in a cache, but at least a sector of memory and no more than there are."""
     fitting = 2**16 // (where.size * itemsize)
     at_most = min(256 // itemsize, max(next_power_of_2(where.channels), 8))
     return max(min(1 << max(fitting, 1).bit_length() - 1, at_most), min(16, at_most))
 
 
-def _over_memory(where: Cut, bits: int, config: launch.Config) -> dict[str, int | bool]:
+def _over_memory(where: Partition, bits: int, config: launch.Config) -> dict[str, int | bool]:
     """Options of kernels that run over memory without regard to groups."""
     per_row = where.per_row
     if where.channels == 1 and where.length % where.size == 0:

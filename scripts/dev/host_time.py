@@ -56,18 +56,17 @@ class Calls:
 
 
 def operations() -> dict[str, Callable]:
-    """Public functions that decide whether a kernel runs: "module.function" -> the function."""
+    """Public functions that call a registered operation: "family.function" -> the function."""
     registry.all_cases()  # imports all families
     return {
-        f"{module.__name__.rpartition('.')[2]}.{name}": function
+        f"{module.__name__.split('.')[2]}.{name}": function
         for module in list(sys.modules.values())
-        if module.__name__.startswith("actpress.kernels.")
+        if module.__name__.startswith("actpress.kernels.") and module.__name__.endswith(".op")
         for name, function in vars(module).items()
         if inspect.isfunction(function)
         and function.__module__ == module.__name__
-        and "on_gpu" in function.__code__.co_names
+        and any(isinstance(vars(module).get(used), launch.Operation) for used in function.__code__.co_names)
         and not name.startswith("_")
-        and module is not launch
     }
 
 

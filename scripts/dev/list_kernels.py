@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from actpress.bench import battery
+from actpress.bench import steps as training
 from actpress.kernels.proof import registry
 from actpress.train import cli, command
 
@@ -21,7 +22,7 @@ def main(name: str) -> int:
     for unit in battery.load(CONFIGS / "battery", name).units:
         script, *words = shlex.split(unit.run)
         options = dict(word.partition("=")[::2] for word in words)
-        methods = [m for m in options.get("methods", "").split(",") if m not in (steps.STOCK, *steps.RIVALS)]
+        methods = [m for m in options.get("methods", "").split(",") if m not in (training.STOCK, *training.RIVALS)]
         if script.endswith("bench_kernels.py") and "names" in options:
             found = registry.all_cases()
             for case in options["names"].split(","):

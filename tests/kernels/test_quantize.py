@@ -5,7 +5,7 @@ import torch
 
 from actpress.codec import Context
 from actpress.kernels import quantize
-from actpress.kernels.common.groups import GROUPINGS, LARGEST, cut
+from actpress.kernels.common.groups import GROUPINGS, LARGEST, partition
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.quantize import Format, code_bytes, decode_reference, encode_reference
 
@@ -48,7 +48,7 @@ def test_each_group_spans_its_least_to_its_greatest(shape, grouping, size, bits)
     x = torch.randn(shape) * 3 + 1
     code, decoded = code_and_decode(x, torch.rand(shape), grouping, size, bits)
     groups = groups_of(x, grouping, size)
-    assert len(groups) == len(code.low) == len(code.step) == cut(x.shape, False, grouping, size).groups
+    assert len(groups) == len(code.low) == len(code.step) == partition(x.shape, False, grouping, size).groups
     flat = x.view(-1)
     least, greatest = (torch.stack([bound(flat[group]) for group in groups]) for bound in (torch.amin, torch.amax))
     top = code.low.float() + (2**bits - 1) * code.step.float()

@@ -55,10 +55,11 @@ class QuantizeCodec(Codec):
         return Format(self.grouping, self.size, self.bits)
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0 or code_bytes(x.shape, self._format) >= x.numel() * x.itemsize:
+        format = self._format
+        if x.numel() == 0 or code_bytes(x.shape, format) >= x.numel() * x.itemsize:
             return (x,)
         source = context if self.rounding == "stochastic" else None
-        return encode(x, source, self._format)
+        return encode(x, source, format)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
         if len(kept) == 1:
