@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import kernel_report
-from actpress.report import battery_page
+from actpress.report import battery as battery_page
 from actpress.train import arguments, command
 from actpress.train.files import slug, write_text
 from actpress.train.run import bad_input

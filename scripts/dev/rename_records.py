@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from actpress.tables import fidelity
+from actpress.tables.kinds import fidelity
 from actpress.train import record
 
 MODELS = {"actpress.models.create": "actpress.train.models.create"}

@@ -12,7 +12,7 @@ import pytest
 from actpress.bench import battery
 from actpress.bench.battery import Profile, Unit
 from actpress.kernels.proof import registry
-from actpress.report import battery_page
+from actpress.report import battery as battery_page
 from actpress.train import provenance, record
 from actpress.train.errors import InputError
 from paths import ROOT

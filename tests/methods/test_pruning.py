@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpress
-from actpress import layers, measure, swap, tables
+from actpress import layers, measure, swap
 from actpress.codec import Context, Like
 from actpress.kernels.pruning import block_grid, code_bytes
 from actpress.measure import saved_bytes
 from actpress.methods import BlockPruning
+from actpress.report import markdown
+from actpress.tables import spec
+from actpress.tables.result import Result, Section, summarise
 from actpress.train import cli
 from paths import CONFIGS
 
@@ -216,28 +219,29 @@ BYTE_MODEL = {  # batch -> reduction in percent at each sparsity, computed from 
 @pytest.mark.parametrize("batch", BYTE_MODEL)
 def test_resmlp_saves_what_the_byte_model_says(batch):
     """ResMLP-S12, 8x8 blocks: activations + 4 x parameters + input, within one point, and as the table states it."""
-    table = tables.load(CONFIGS / "tables", "pruning_memory")
+    table = spec.load(CONFIGS / "tables", "pruning_memory")
     values, expected = [], {}
-    for cell in table.cells:
-        wanted = cell.labels["network"] == "ResMLP-S12" and cell.labels["batch"] == batch
-        if wanted and ("8x8" in cell.labels["method"] or cell.labels["method"] == "none"):
-            cfg = cli.compose([*cell.overrides], CONFIGS)
+    for row in table.rows:
+        wanted = row.labels["network"] == "ResMLP-S12" and row.labels["batch"] == batch
+        if wanted and ("8x8" in row.labels["method"] or row.labels["method"] == "none"):
+            cfg = cli.compose([*row.overrides], CONFIGS)
             method = hydra.utils.instantiate(cfg.method)
             bytes_ = measure.predicted_memory(
                 lambda cfg=cfg: hydra.utils.instantiate(cfg.model), method, batch, 224, "fp32"
             )
             values.append([bytes_])
             if isinstance(method, BlockPruning):
-                expected[cell.labels["method"]] = BYTE_MODEL[batch][method.sparsity]
-                assert cell.paper == {"reduction": expected[cell.labels["method"]]}
+                expected[row.labels["method"]] = BYTE_MODEL[batch][method.sparsity]
+                assert row.paper == {"reduction": expected[row.labels["method"]]}
         else:
             values.append([])
-    found = {r.cell.labels["method"]: r.summaries["reduction"] for r in tables.summarise(table, values) if r.values}
+    results = summarise(table, table.rows, values)
+    found = {r.row.labels["method"]: r.summaries["reduction"] for r in results if r.values}
     assert found.pop("none").mean == 0 and found.keys() == expected.keys() and len(found) == 4
     for label, reduction in found.items():
         assert reduction.mean == pytest.approx(expected[label], abs=1), label
         assert reduction.within
-    text = tables.render(table, tables.summarise(table, values), "")
+    text = markdown.page(Result(table, table.metrics, [Section("", "", results)], [], [], ""))
     assert "%: measured (fake tensors) | byte model | difference | within 2.5% |" in text
 
 
@@ -245,14 +249,14 @@ def test_a_reduction_needs_a_known_metric(tmp_path):
     text = (CONFIGS / "tables" / "pruning_memory.yaml").read_text()
     (tmp_path / "bad.yaml").write_text(text.replace("reduction_of: training_bytes", "reduction_of: nothing"))
     with pytest.raises(ValueError, match=r"reduction_of 'nothing', allowed: .*training_bytes"):
-        tables.load(tmp_path, "bad")
+        spec.load(tmp_path, "bad")
 
 
 def test_accuracy_rows_compose():
-    for cell in tables.load(CONFIGS / "tables", "pruning_accuracy").cells:
-        cfg = cli.compose([*cell.overrides], CONFIGS)
+    for row in spec.load(CONFIGS / "tables", "pruning_accuracy").rows:
+        cfg = cli.compose([*row.overrides], CONFIGS)
         hydra.utils.instantiate(cfg.method)
-        assert cfg.data.image_size == 224 and cell.requires
+        assert cfg.data.image_size == 224 and row.requires
 
 
 def replaced_in(build, **settings):

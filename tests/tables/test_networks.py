@@ -6,34 +6,34 @@ from dataclasses import replace
 import pytest
 import torch
 
-import table_pages
-import table_rows
-from actpress import tables
-from actpress.measure import check
-from actpress.measure.check import Check, Gradient
+from actpress.measure.check import Check, Gradient, check
 from actpress.methods import BlockPruning, Division, Quantize, Stock
+from actpress.report import markdown, terminal
 from actpress.swap import Method
 from actpress.swap.saving import Dense
-from actpress.tables import networks
+from actpress.tables import kinds, networks, plan, spec
+from actpress.tables.kind import Folder, Project
+from actpress.tables.kinds.function import arguments
 from actpress.train import record
 from paths import ROOT
 
-TABLE = tables.load(ROOT / "configs" / "tables", "networks")
-ROWS = table_rows.rows_of(TABLE)
+PROJECT = Project()
+TABLE = spec.load(PROJECT.tables, "networks")
+ROWS = plan.measurements(TABLE, PROJECT)
 ONE = {"draws": 1, "steps": 1, "seed": 0}
 
 
 def test_every_network_has_a_row_for_every_method_and_only_transformers_needs_an_extra():
     methods = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
-    found = {(asked["network"], asked["method"]) for row in ROWS for asked in [table_rows.arguments(row)]}
+    found = {(asked["network"], asked["method"]) for row in ROWS for asked in [arguments(row)]}
     assert found == {(network, method) for network in networks.NETWORKS for method in methods}
-    assert len(ROWS) == len({tuple(row.cell.labels.values()) for row in ROWS})
+    assert len(ROWS) == len({tuple(row.row.labels.values()) for row in ROWS})
     for row in ROWS:
-        asked = table_rows.arguments(row)
+        asked = arguments(row)
         library = networks.NETWORKS[asked["network"]].library
-        assert row.cell.labels["network"].startswith(f"{library} ")
-        assert row.cell.requires == (("transformers",) if library == "transformers" else ())
-        assert asked.get("weights", "initial") == row.cell.labels["weights"]
+        assert row.row.labels["network"].startswith(f"{library} ")
+        assert row.row.requires == (("transformers",) if library == "transformers" else ())
+        assert asked.get("weights", "initial") == row.row.labels["weights"]
         assert asked["draws"] >= 3
         assert asked["steps"] >= 3
 
@@ -159,20 +159,21 @@ def test_a_note_says_what_apply_and_check_warn_of(changes, note):
 
 
 def test_the_page_shows_numbers_words_and_notes(tmp_path):
-    place = table_rows.Place(tmp_path)
+    folder = Folder(tmp_path)
     wanted = [("torchvision resnet18", "inverted"), ("timm vit_tiny", "pooling")]
-    cells = [
-        replace(row.cell, overrides=tuple(word.replace("=3", "=1") for word in row.cell.overrides))
+    rows = [
+        replace(row.row, overrides=tuple(word.replace("=3", "=1") for word in row.row.overrides))
         for row in ROWS
-        if (row.cell.labels["network"], row.cell.labels["method"]) in wanted
-        if row.cell.labels["weights"] == "initial"
+        if (row.row.labels["network"], row.row.labels["method"]) in wanted
+        if row.row.labels["weights"] == "initial"
     ]
-    table = replace(TABLE, cells=cells)
-    rows = table_rows.rows_of(table, place)
-    page = table_pages.page_of(table, {row: table_rows.measure(row) for row in rows})
-    again = table_pages.from_records(table, place)
-    assert (again.markdown, again.data) == (page.markdown, page.data)
-    lines = page.markdown.splitlines()
+    table, kind = replace(TABLE, rows=rows), kinds.get("function")
+    measurements = plan.measurements(table, PROJECT, folder)
+    result = kind.result(table, {m: kind.measure(m) for m in measurements})
+    again = kind.result(table, {m: plan.find(m) for m in measurements})
+    page = markdown.page(result)
+    assert (markdown.page(again), kind.page(again)) == (page, kind.page(result))
+    lines = page.splitlines()
     assert lines[4].startswith("| network | weights | method | less kept for backward, x: measured | ")
     assert lines[4].endswith(" | note |")
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[6:8]]
@@ -183,7 +184,7 @@ def test_the_page_shows_numbers_words_and_notes(tmp_path):
     assert re.fullmatch(
         r"saves little, \d+% nn\.Linear, .* stay dense", shown[0][7]
     )  # the patch embedding is all it has
-    assert "matches nothing" in page.text(120)
+    assert "matches nothing" in terminal.page(result, 120)
 
 
 def test_the_committed_page_has_every_row_that_needs_no_extra():

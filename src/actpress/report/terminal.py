@@ -1,17 +1,18 @@
-"""Tables as text for a terminal: the columns of the Markdown pages, as wide as the terminal allows.
+"""Tables as text for a terminal: the columns of the Markdown pages, as many side by side as the terminal has room for.
 
-A metric's columns (measured, paper, difference, verdict) stay together under its name. Metrics stand side by side while the terminal has
-room for them; the rest follow in further blocks, each of which repeats the labels of the rows.
+The columns of a metric (measured, paper, difference, verdict) stay together under its name. Metrics that do not fit beside the others
+follow in further blocks, each of which repeats the labels of the rows.
 """
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from actpress import tables
-from actpress.tables import fidelity as gradients
+from actpress.report import text
+from actpress.tables import kinds
+from actpress.tables.result import Result, RowResult, Section
+from actpress.tables.spec import Metric, needs
 
 WIDTH = 100, 140  # the narrowest and the widest layout; a narrower terminal wraps lines
 GAP = "  "
@@ -34,8 +35,8 @@ class Column:
     def width(self) -> int:
         return max(map(len, (*self.heads, *self.cells)))
 
-    def align(self, text: str) -> str:
-        return text.ljust(self.width) if self.left else text.rjust(self.width)
+    def align(self, cell: str) -> str:
+        return cell.ljust(self.width) if self.left else cell.rjust(self.width)
 
 
 @dataclass
@@ -91,13 +92,13 @@ def _block(groups: Sequence[Group]) -> str:
     return "\n".join((GAP + " ").join(line).rstrip() for line in lines)
 
 
-def wrapped(text: str, width: int) -> list[str]:
+def wrapped(prose: str, width: int) -> list[str]:
     """Prose on lines of at most so many columns."""
-    return textwrap.wrap(text, min(max(width, WIDTH[0]), WIDTH[1]))
+    return textwrap.wrap(prose, min(max(width, WIDTH[0]), WIDTH[1]))
 
 
-def _across(groups: Sequence[Group], text: Any) -> list[str]:
-    return [GAP.join(c.align(text(c)) for c in g.columns).ljust(g.width) for g in groups]
+def _across(groups: Sequence[Group], cell: Callable[[Column], str]) -> list[str]:
+    return [GAP.join(c.align(cell(c)) for c in g.columns).ljust(g.width) for g in groups]
 
 
 def _nth(lines: Sequence[str], i: int, of: int) -> str:
@@ -106,62 +107,61 @@ def _nth(lines: Sequence[str], i: int, of: int) -> str:
     return lines[i] if i >= 0 else ""
 
 
-def table(
-    table: tables.Table,
-    results: Sequence[tables.Result],
-    claims: Sequence[Mapping[str, str]],
-    provenance: str,
-    width: int,
-) -> str:
-    """A table as text. claims: what actpress.report.headlines made of it."""
-    names = list(table.cells[0].labels)
-    labels = Group("", [Column(name, [str(r.cell.labels[name]) for r in results], left=True) for name in names])
-    groups = [_metric(table, name, metric, results) for name, metric in table.metrics.items()]
-    lines = [table.title, f"Source: {table.source}.", "", layout(labels, groups, width), ""]
-    lines += [f"{told['paper']}: {told['claim']}\n  here {told['measured']}: {told['verdict']}" for told in claims]
-    missing = Counter(tables.needs(r.cell.requires) for r in results if not r.values)
+def page(result: Result, width: int) -> str:
+    """A table as text for a terminal of so many columns."""
+    lines = [result.table.title, f"Source: {result.table.source}.", ""]
+    for section in result.sections:
+        lines += _titled(result, section, width) if section.title else _rows(result, section.rows, width)
+    return "\n".join([*lines, *wrapped(text.provenance(result), width)])
+
+
+def _titled(result: Result, section: Section, width: int) -> list[str]:
+    """A section with a title: its measured rows, the columns side by side without heads of their own."""
+    if not section.measured:
+        return [f"{section.title}: not run", ""]
+    rows = section.measured
+    columns = [
+        Column(metric.title, [text.measured(metric, row.summaries[name], len(row.values)) for row in rows])
+        for name, metric in result.columns.items()
+    ]
+    return [section.title, layout(_labels(rows), [Group("", columns)], width), ""]
+
+
+def _rows(result: Result, rows: Sequence[RowResult], width: int) -> list[str]:
+    """All rows, then the claims, then how many rows were not run and why."""
+    groups = [_metric(result, name, metric) for name, metric in result.columns.items()]
+    lines = [layout(_labels(rows), groups, width), ""]
+    lines += [f"{c['paper']}: {c['claim']}\n  here {c['measured']}: {c['verdict']}" for c in result.claims]
+    missing = Counter(needs(row.row.requires) for row in rows if not row.values)
     if missing:
         words = "; ".join(
             f"{count} {f'need {need}' if need else 'without a record'}" for need, count in missing.items()
         )
-        lines.append(f"Rows not run: {sum(missing.values())} of {len(results)} ({words}).")
-    return "\n".join([*lines, *wrapped(provenance, width)])
+        lines.append(f"Rows not run: {sum(missing.values())} of {len(rows)} ({words}).")
+    return lines
 
 
-def _metric(table: tables.Table, name: str, metric: tables.Metric, results: Sequence[tables.Result]) -> Group:
-    found = [result.summaries[name] for result in results]
-    title = f"{metric.title}{' (fake tensors)' if table.kind == 'memory' else ''}"
-    shown = [tables.measured_text(metric, s, len(r.values)) for s, r in zip(found, results, strict=True)]
+def _labels(rows: Sequence[RowResult]) -> Group:
+    names = rows[0].row.labels
+    return Group("", [Column(name, [str(row.row.labels[name]) for row in rows], left=True) for name in names])
+
+
+def _metric(result: Result, name: str, metric: Metric) -> Group:
+    rows = result.rows
+    found = [row.summaries[name] for row in rows]
+    title = f"{metric.title}{kinds.get(result.table.kind).suffix}"
+    shown = [text.measured(metric, summary, len(row.values)) for summary, row in zip(found, rows, strict=True)]
     columns = [Column("measured", shown)]
-    if any(name in result.cell.paper for result in results):
-        papers = [result.cell.paper.get(name) for result in results]
+    if text.has_paper(result, name):
+        papers = [row.row.paper.get(name) for row in rows]
         columns.append(Column(metric.reference, ["" if p is None else metric.printed(p) for p in papers]))
         if metric.tolerance or metric.at_most:
             words = ("no worse", "worse") if metric.at_most else ("within", "outside")
-            columns.append(Column("difference", [tables.signed(summary.difference) for summary in found]))
+            columns.append(Column("difference", [text.difference(summary) for summary in found]))
             verdicts = ["" if s.within is None else words[not s.within] for s in found]
             verdict = "verdict" if metric.at_most else f"verdict ({metric.tolerance:.1%})"
             columns.append(Column(verdict, verdicts, left=True))
     if metric.versus_baseline:
-        for i, base in enumerate(table.baselines):
-            texts = [tables.versus_text(metric, s.versus[i], s.paired[i]) for s in found]
-            columns.append(Column(f"vs {', '.join(map(str, base.values()))}", texts))
+        for i, head in enumerate(text.versus_heads(result)):
+            columns.append(Column(head, [text.versus(metric, s.versus[i], s.paired[i]) for s in found]))
     return Group(title, columns)
-
-
-def fidelity(
-    table: tables.Table, measured: Mapping[str, Mapping[str, Mapping[str, Any]]], provenance: str, width: int
-) -> str:
-    """A table of gradients as text, its summaries. measured: "network weights" -> method -> record."""
-    lines = [table.title, f"Source: {table.source}.", ""]
-    for where, found in measured.items():
-        if not found:
-            lines += [f"{where} weights: not run", ""]
-            continue
-        cells = [gradients.cells(e["figures"], e["layers"], e["saved_share"]) for e in found.values()]
-        labels = Group("", [Column("method", list(found), left=True)])
-        columns = [
-            Column(head, list(column)) for head, column in zip(gradients.HEAD, zip(*cells, strict=True), strict=True)
-        ]
-        lines += [f"{where} weights", layout(labels, [Group("", columns)], width), ""]
-    return "\n".join([*lines, *wrapped(provenance, width)])

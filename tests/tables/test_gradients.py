@@ -1,13 +1,11 @@
 """Comparing methods by their gradients on one network."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 
 from actpress.methods import BlockPruning, Division, Stock
-from actpress.tables import fidelity
+from actpress.tables import gradients
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +13,7 @@ def found():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(4 * 64, 5))
     batches = [(torch.randn(4, 3, 12, 12), torch.randint(5, (4,))) for _ in range(2)]
     methods = {"stock": Stock(), "two bits": Division(), "eight bits": Division(bits=8)}
-    return fidelity.compare(net, methods, batches, draws=3)
+    return gradients.compare(net, methods, batches, draws=3)
 
 
 def test_figures_are_means_over_batches_and_draws(found):
@@ -36,7 +34,9 @@ def test_bias_of_an_unbiased_method_is_what_chance_explains():
         "sample": BlockPruning(sparsity=0.5, select="sample"),
         "top-k": BlockPruning(sparsity=0.5),
     }
-    last = {label: figures["2.weight"] for label, figures in fidelity.compare(net, methods, [batch], draws=100).items()}
+    last = {
+        label: figures["2.weight"] for label, figures in gradients.compare(net, methods, [batch], draws=100).items()
+    }
     for label in ("division", "sample"):
         # about 1 is expected; systematic sampling follows a single number, whose mean strays by 2 standard errors in one of twenty
         assert last[label]["excess"] < 2, f"{label}: bias is {last[label]['excess']:.2f} standard errors"
@@ -44,32 +44,15 @@ def test_bias_of_an_unbiased_method_is_what_chance_explains():
     assert last["top-k"]["noise"] == 0 and last["top-k"]["bias"] > 0.1
 
 
-def test_summary_has_a_line_per_method(found):
-    lines = fidelity.summary(found, ["0.weight", "2.weight"], dict.fromkeys(found, 0.25)).splitlines()
-    assert (
-        len(lines) == 2 + len(found) and "deterministic" in lines[2] and "| 25.0% |" in lines[3] and "| 6 |" in lines[3]
-    )
-
-
 def test_parameters_without_a_gradient_have_no_figures():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
     nn.init.zeros_(net[1].weight)
-    found = fidelity.compare(net, {"two bits": Division()}, [(torch.randn(4, 8), torch.randint(5, (4,)))], draws=2)
+    found = gradients.compare(net, {"two bits": Division()}, [(torch.randn(4, 8), torch.randint(5, (4,)))], draws=2)
     assert set(found["two bits"]) == {"1.weight", "1.bias", "total"}
 
 
 def test_saved_share():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batch = (torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))
-    assert fidelity.saved_share(net, Stock(), batch) == 1
-    assert 2 / 32 < fidelity.saved_share(net, Division(), batch) < 4 / 32
-
-
-def test_rendered_lines_count_who_is_closer(found):
-    layers = ["0.weight", "2.weight"]
-    text = fidelity.render(found, layers, ("two bits", "eight bits"))
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 3
-    assert re.search(
-        r"two bits has at least the mean cosine of eight bits in 0 of 2 layers. The largest shortfall.* is \d", text
-    )
-    assert fidelity.render(found, layers, ("eight bits", "two bits")).endswith("in 2 of 2 layers.")
+    assert gradients.saved_share(net, Stock(), batch) == 1
+    assert 2 / 32 < gradients.saved_share(net, Division(), batch) < 4 / 32

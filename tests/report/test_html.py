@@ -7,13 +7,15 @@ import re
 
 import pytest
 
-import report
+from actpress.report import pages
+from actpress.tables.kind import Project
+from actpress.train import record
 from paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def page():
-    return report.render()
+    return pages.overviews(Project())[ROOT / "results" / "report.html"]
 
 
 def test_the_page_stands_alone(page):
@@ -37,7 +39,7 @@ def test_kinds_of_numbers_look_different(page):
 
 
 def test_numbers_are_those_of_the_tables(page):
-    stored = report.record.read(ROOT / "results" / "tables" / "division_memory.json")
+    stored = record.read(ROOT / "results" / "tables" / "division_memory.json")
     for row in stored["rows"]:
         mean = row["summary"]["saved_bytes"]["mean"]
         if isinstance(mean, float):
