@@ -2,8 +2,8 @@
 
 Q is 1, 2, 4 or 8. n codes take ceil(n * Q / 8) bytes, so a 1-bit mask is 1/32 of an fp32 tensor.
 
-Kernels work on groups of eight codes, which fill Q whole bytes. The parts they share: `load8` loads what is coded, `pack8`, `words8` and
-`store_words` pack, `unpack_at` loads codes.
+Kernels work on groups of eight codes, which fill Q whole bytes. Their shared parts: `load8` loads the elements to encode; `pack8`, `words8`
+and `store_words` pack codes; `unpack_at` loads codes.
 """
 
 import torch
@@ -14,7 +14,7 @@ from actpress.kernels.common.launch import tl, triton
 
 BITS = (1, 2, 4, 8)
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes; the lowest comes first
-# In each byte of such a word the bits of the lowest code. A table, as int.from_bytes is nothing that Dynamo 2.11 traces.
+# The bits of the lowest code in each byte of such a word. A table, as Dynamo 2.11 does not trace int.from_bytes.
 _LOWEST = {2: 0x0F0F, 4: 0x03030303, 8: 0x0101010101010101}
 
 
@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     codes = F.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)  # a copy: [bytes, codes of one byte]
     words = codes.view(_WORDS[per_byte]).squeeze(1)
-    for doubling in range(per_byte.bit_length() - 1):  # neighbours move together, then pairs, then fours
+    for doubling in range(per_byte.bit_length() - 1):  # joins neighbours, then pairs, then fours
         # not in place: Inductor 2.11 would write back through the view
         words = words | words >> ((8 - bits) << doubling)
     return words.to(torch.uint8)  # the lowest byte
@@ -45,7 +45,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if per_byte == 1:
         return packed
     words = packed.to(_WORDS[per_byte])
-    for doubling in range(per_byte.bit_length() - 1):  # each copy brings other codes to the foot of their bytes
+    for doubling in range(per_byte.bit_length() - 1):  # each copy shifts other codes to the lowest bits of their bytes
         words |= words << ((8 - bits) << doubling)
     words &= _LOWEST[per_byte]
     return words.view(torch.uint8)[:count]
@@ -77,8 +77,10 @@ def words8(codes, BITS: tl.constexpr):
 
 @triton.jit
 def store_words(ptr, codes, first, mask, BITS: tl.constexpr):
-    """Codes of one eight, or of two neighbours, a tuple of uint32 [G, 8], of elements from each of `first` on, to the bytes after ptr: one
-    store a thread. first: int [G], multiples of 8, or 16."""
+    """Store codes of elements from each of `first` on to the bytes after ptr, one store a thread.
+
+    codes: a tuple of uint32 [G, 8], one eight or two neighbouring ones. first: int [G], multiples of 8, or of 16 for two eights.
+    """
     if len(codes) == 2:
         WORD: tl.constexpr = tl.uint16 if BITS == 1 else tl.uint32
         words = (words8(codes[0], BITS).to(tl.uint16) | (words8(codes[1], BITS) << (8 * BITS))).to(WORD)
@@ -94,7 +96,7 @@ def store_words(ptr, codes, first, mask, BITS: tl.constexpr):
 
 @triton.jit
 def load_at(ptr, at, limit, LANES: tl.constexpr, WHOLE: tl.constexpr):
-    """LANES neighbours from each of `at` on, [...] -> [..., LANES]; unless WHOLE, 0 from element `limit` on."""
+    """Load LANES neighbours from each of `at` on: [...] -> [..., LANES]; unless WHOLE, 0 from element `limit` on."""
     element = tl.expand_dims(at, -1) + tl.arange(0, LANES)
     if WHOLE:
         return tl.load(ptr + element)
@@ -104,7 +106,7 @@ def load_at(ptr, at, limit, LANES: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def load8(ptr, at, limit, WHOLE: tl.constexpr):
-    """Eights from each of `at` on, [...] -> fp32 [..., 8], each with one thread: fp32 in halves, of 16 bytes as a thread loads them."""
+    """Load eights from each of `at` on: [...] -> fp32 [..., 8]. One thread holds an eight; fp32 is loaded in halves of 16 bytes."""
     if ptr.dtype.element_ty.primitive_bitwidth == 32:
         x = tl.join(load_at(ptr, at, limit, 4, WHOLE), load_at(ptr, at + 4, limit, 4, WHOLE))  # [..., 4, 2]
         if len(at.shape) == 1:
@@ -117,8 +119,10 @@ def load8(ptr, at, limit, WHOLE: tl.constexpr):
 
 @triton.jit
 def unpack_at(ptr, first, total, BITS: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr):
-    """Codes of LANES neighbours, 4 or 8, from each of `first` on, multiples of LANES: [...] -> int32 [..., LANES]. ptr[0] holds that of
-    element 0; unless WHOLE, there are `total` bytes."""
+    """Load codes of LANES neighbours from each of `first` on: [...] -> int32 [..., LANES].
+
+    LANES is 4 or 8, and `first` are multiples of it. ptr[0] holds the code of element 0; unless WHOLE, bytes from `total` on are 0.
+    """
     BYTES: tl.constexpr = (LANES * BITS + 7) // 8
     byte = first // LANES * BYTES if LANES * BITS >= 8 else first * BITS // 8
     byte = tl.expand_dims(byte, -1) + tl.arange(0, BYTES)

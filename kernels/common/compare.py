@@ -12,10 +12,10 @@ DTYPES = tuple(_INTEGERS)
 
 
 def least_not_below(value: float, dtype: torch.dtype) -> float:
-    """The least number of `dtype` that is not below `value`: for x of this dtype, x < value exactly if x < that number.
+    """The least number of `dtype` that is not below `value`. For x of this dtype, x < value exactly if x < that number.
 
-    PyTorch rounds a constant to the tensor's dtype before it compares, which may move it past a neighbour. Raises KeyError for other
-    dtypes than DTYPES.
+    PyTorch rounds a constant to the tensor's dtype before it compares, which may move it past a neighbour. Raises KeyError for dtypes
+    that are not in DTYPES.
     """
     rounded = torch.tensor(value, dtype=dtype)
     if rounded.item() >= value:

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks in the older of the supported versions, as the newest has it."""
+"""Repairs of Triton's interpreter in the older of the supported versions."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mend(triton: Any) -> None:
-    """Let the interpreter of Triton 3.6 and 3.7 compute what the kernels compute on a GPU, under any supported NumPy; later ones do."""
+    """Make the interpreter of Triton 3.6 and 3.7 compute what a GPU computes, under any supported NumPy. Later versions do so."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     interpreter = triton.runtime.interpreter
     if version < (3, 7):
@@ -16,7 +16,7 @@ def mend(triton: Any) -> None:
 
 
 def _mend_bounds(interpreter: Any) -> None:
-    """A kernel's number as a bound of its loop, `for i in range(first, last)`.
+    """Let numbers of a kernel be bounds of its loops, `for i in range(first, last)`.
 
     The interpreter holds a number as an array of one element and calls int() on it, which NumPy 2.5 refuses.
     """
@@ -30,6 +30,6 @@ def _mend_bounds(interpreter: Any) -> None:
 
 
 def _mend_nan(builder: Any) -> None:
-    """The lesser and the greater of a number and NaN: the number, as on a GPU, unless a kernel asks for NaN."""
+    """Minimum and maximum of a number and NaN give the number, as on a GPU, unless a kernel asks for NaN."""
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)

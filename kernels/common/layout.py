@@ -13,12 +13,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where it is contiguous or channels_last, otherwise a contiguous copy: what kernels that run over memory in order need."""
+    """x itself where it is contiguous or channels_last, otherwise a contiguous copy: for kernels that run over memory in order."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
 def dense_as(x: Tensor, channels_last: bool) -> Tensor:
-    """x in the order that another tensor was packed in; a copy where it lies otherwise."""
+    """x in the given memory order; a copy where it lies in another."""
     return x.contiguous(memory_format=memory_format(channels_last))
 
 

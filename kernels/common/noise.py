@@ -6,14 +6,14 @@ Elements are numbered in memory order. Each call of philox(seed, counter = g) ma
     16           8                     i-th half of a word, two a word        4- and 8-bit codes, dropout
     8            16                    i-th byte of a word, four a word       1- and 2-bit codes
 
-noise = (bits + 1/2) / 2^n, n the noise bits: in (0, 1), exact in fp32, each value once in 2^n, mean 1/2 exactly. A value that lies a
-fraction f of a step above a code is rounded up with the probability f rounded to a multiple of 2^-n. So rounding is unbiased to half of
-that: to 2^-17 of a step with 16 bits, to 2^-9 with 8. The bias depends on f alone, is 0 where f is a multiple of 2^-n (zeros, and all that
-a code holds exactly) and averages to 0 over any interval of 2^-n. Beside the standard deviation of the rounding itself, sqrt(f (1 - f)),
-up to 1/2 of a step, 2^-9 is 1/256.
+noise = (bits + 1/2) / 2^n with n noise bits. It lies in (0, 1), is exact in fp32, takes each of 2^n values equally often and has mean 1/2
+exactly. A value that lies a fraction f of a step above a code is rounded up with the probability f, rounded to a multiple of 2^-n. So the
+bias of rounding is at most half of that: 2^-17 of a step with 16 bits, 2^-9 with 8. The bias depends on f alone. It is 0 where f is a
+multiple of 2^-n (zeros, and all that a code holds exactly) and averages to 0 over any interval of 2^-n. For comparison, the standard
+deviation of stochastic rounding itself is sqrt(f (1 - f)), up to 1/2 of a step.
 
-Seven rounds pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); at the speed of memory the arithmetic of
-the full ten, with 32 bits an element, would be what limits a kernel.
+Seven rounds pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). With the full ten rounds and 32 bits an
+element, arithmetic instead of memory would limit a kernel.
 """
 
 from typing import Protocol
@@ -30,20 +30,22 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 
 
 class Source(Protocol):
-    """Where encoders get their noise from (codec.Context): each call is a new draw."""
+    """The source of an encoder's noise (codec.Context). Each call is a new draw."""
 
     def uniform_like(self, x: Tensor) -> Tensor:
         """fp32 noise in [0, 1) of x's shape, device and memory format: for references."""
         ...
 
     def seed_for(self, x: Tensor) -> Tensor:
-        """int64 [1] on x's device, not negative: for kernels, which make their noise from it. A later draw may overwrite it: whoever reads
-        it after the forward pass keeps a clone."""
+        """A seed for kernels, which make their noise from it: int64 [1] on x's device, not negative.
+
+        A later draw may overwrite it, so code that reads it after the forward pass keeps a clone.
+        """
         ...
 
 
 def uniform_from(seed: Tensor | int, x: Tensor) -> Tensor:
-    """fp32 noise in [0, 1) of x's shape, device and memory format from a seed: what registered operations use off the GPU."""
+    """fp32 noise in [0, 1) of x's shape, device and memory format from a seed: for registered operations where no kernel runs."""
     generator = torch.Generator(x.device).manual_seed(int(seed))
     return torch.empty_like(x, dtype=torch.float32, requires_grad=False).uniform_(generator=generator)
 
@@ -107,7 +109,7 @@ def uniform16(seed, group):
 
 @triton.jit
 def uniform_half16(seed, eight):
-    """The same of the eight elements of each half group `eight`, 2 g or 2 g + 1: int64 [G] -> fp32 [G, 8]."""
+    """8-bit noise of the eight elements of each half group `eight`, which is 2 g or 2 g + 1: int64 [G] -> fp32 [G, 8]."""
     a, b, c, d = _philox(seed, eight >> 1)
     second = (eight & 1) != 0
     words = tl.join(tl.where(second, c, a), tl.where(second, d, b))  # [G, 2]
@@ -116,8 +118,10 @@ def uniform_half16(seed, eight):
 
 @triton.jit
 def draws(seed, start, first, BITS: tl.constexpr, EIGHTS: tl.constexpr):
-    """Noise for codes of BITS bits of one or, BITS up to 2, two eights of elements from each of start + first on: a tuple of fp32 [G, 8].
-    start: int64 scalar, first: int [G]; their sums are multiples of 8, or 16."""
+    """Noise for codes of BITS bits of EIGHTS eights of elements from each of start + first on: a tuple of fp32 [G, 8].
+
+    EIGHTS is 1, or 2 where BITS is at most 2. start: int64 scalar, first: int [G]; their sums are multiples of 8 * EIGHTS.
+    """
     if EIGHTS == 2:
         noise = tl.reshape(uniform16(seed, start // 16 + first // 16), [first.shape[0], 2, 8])
         a, b = tl.split(tl.permute(noise, (0, 2, 1)))

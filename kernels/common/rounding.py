@@ -1,9 +1,7 @@
-"""fp32 to bf16 by the bits: in a chosen direction for the bounds of a code, and to nearest where a cast is not to be had. And what is
-decoded, to the dtype of what was encoded, which ends where a code need not: fp16 at 65504.
+"""Rounding: fp32 to bf16 by bits, down, up or to the nearest; and decoded values to the dtype of the encoded tensor, within its range.
 
-bf16 is the upper half of fp32, so rounding is integer arithmetic on the lower half. In kernels a bf16 travels as int16: Triton's
-interpreter truncates where hardware rounds, so tensors are passed to kernels as `tensor.view(torch.int16)`. NaN stays NaN, always the
-same one.
+bf16 is the upper half of fp32, so rounding is integer arithmetic on the lower half. Kernels take bf16 as int16, `tensor.view(torch.int16)`,
+since Triton's interpreter truncates where hardware rounds. NaN stays NaN, always with the same bits.
 """
 
 import torch
@@ -25,25 +23,25 @@ def bf16_ceil(x: Tensor) -> Tensor:
 
 
 def poison(x: Tensor) -> Tensor:
-    """fp32 of x's shape: 0, or NaN where fp32 does not hold x as a finite number. Added to -0 it makes 0."""
+    """fp32 of x's shape: 0, or NaN where x is not finite in fp32. Adding it turns -0 into 0."""
     x = x.float()
     return x - x
 
 
 def finite(x: Tensor) -> Tensor:
-    """bf16; an infinity as the largest number of its sign. NaN stays the same."""
+    """bf16 x with each infinity replaced by the largest number of its sign. NaN stays NaN."""
     limit = torch.finfo(x.dtype).max
     return x.masked_fill(x == torch.inf, limit).masked_fill_(x == -torch.inf, -limit)
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; what lies beyond the finite range of both, infinities too, becomes its largest number. NaN stays NaN. Changes x."""
+    """x in `dtype`, clamped to the finite range of both dtypes; infinities too. NaN stays NaN. Changes x in place."""
     limit = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
     return x.clamp_(-limit, limit).to(dtype)
 
 
 def _bf16(bits: Tensor, x: Tensor) -> Tensor:
-    """The upper half of fp32 bits; NaN where x is NaN, whose payload the arithmetic may have carried away."""
+    """The upper half of fp32 bits; NaN where x is NaN, since the arithmetic may have destroyed its payload."""
     return (bits >> 16).masked_fill(x.isnan(), 0x7FC0).to(torch.int16).view(torch.bfloat16)
 
 
@@ -70,13 +68,13 @@ def bf16_nearest_bits(x):
 
 @triton.jit
 def finite_bits(bits):
-    """`finite`, of int16 bits of a bf16."""
+    """`finite` for int16 bits of a bf16."""
     return tl.where((bits & 0x7FFF) == 0x7F80, bits - 1, bits).to(tl.int16)
 
 
 @triton.jit
 def saturate(x, dtype: tl.constexpr):
-    """`saturated`, left in fp32 for a store to cast to `dtype`."""
+    """`saturated`, but in fp32; the store casts it to `dtype`."""
     if dtype == tl.float16:
         LIMIT: tl.constexpr = 65504.0
     elif dtype == tl.bfloat16:

@@ -1,4 +1,4 @@
-"""What stands in for Triton where it is not installed (it has wheels for Linux only): kernels can be defined, not launched."""
+"""A substitute for Triton where it is not installed (it has wheels for Linux only): kernels can be defined, but not launched."""
 
 from types import SimpleNamespace
 from typing import Any

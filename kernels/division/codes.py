@@ -1,7 +1,7 @@
 """Device code of DIVISION: codes, made and decoded in memory order, and the kernel that encodes whole maps in one pass.
 
-Threads own neighbours: an "eight", whose codes fill whole bytes, or the two eights of a "sixteen", which share a draw of 8-bit noise
-(noise.py). A load takes 16 bytes of an eight.
+A thread owns neighbours: an "eight", whose codes fill whole bytes, or the two eights of a "sixteen", which share a draw of 8-bit noise
+(kernels/common/noise.py). A load takes 16 bytes of an eight.
 """
 
 from actpress.kernels.common.bits import load8, load_at, pack8, store_words, unpack_at
@@ -30,7 +30,7 @@ from actpress.kernels.division.tiles import (
 
 @triton.jit
 def _fp32(ptr, at):
-    """fp32 there, or the bf16 whose bits are there."""
+    """Load fp32 values, or bf16 values that are stored as int16 bits."""
     if ptr.dtype.element_ty == tl.int16:
         return bf16_value(tl.load(ptr + at))
     else:
@@ -39,8 +39,10 @@ def _fp32(ptr, at):
 
 @triton.jit
 def _parameters(pointers, first, limit, P: tl.constexpr, LANES: tl.constexpr):
-    """(mean, low, scale) of LANES neighbours from each of `first` on, [T] -> [T, LANES], from pointers to these of the first map.
-    first < limit, the number of elements."""
+    """(mean, low, scale) of LANES neighbours from each of `first` on: [T] -> [T, LANES].
+
+    pointers: to mean, low and scale of the first map. first < limit, the number of elements.
+    """
     lfc_ptr, low_ptr, scale_ptr = pointers
     if P.in_row:
         if first.dtype == tl.int32:
@@ -77,9 +79,9 @@ def _tree(
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Parameters of elements first + OFFSET, + OFFSET + STRIDE, ... below LANES, each looked up by itself: [T] -> [T, 2, 2, ...].
+    """Parameters of elements first + OFFSET, first + OFFSET + STRIDE, ... below LANES, each looked up by itself: [T] -> [T, 2, 2, ...].
 
-    Joined from halves, they are with the thread that looked them up, which a load of [T, LANES] would not be.
+    They are joined from halves, so they stay with the thread that looked them up; those of a load of [T, LANES] would not.
     """
     if STRIDE + OFFSET >= LANES:
         return _look_up(pointers, first, limit, here, after, P, LANES, OFFSET)
@@ -91,12 +93,15 @@ def _tree(
 
 @triton.jit
 def _look_up(pointers, first, limit, here, after, P: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr):
-    """Of elements first + OFFSET. here, after: (number, mean of its first block, low, scale) of the map that holds `first`, of the next."""
+    """Parameters of elements first + OFFSET.
+
+    here, after: (number, mean of its first block, low, scale) of the map that holds `first`, and of the next map.
+    """
     lfc_ptr, low_ptr, scale_ptr = pointers
     if P.channels == 1 and P.pixels >= LANES:
         outer, mean, low, scale = here
         pixel = (first % P.pixels + OFFSET).to(tl.uint32)  # divides faster
-        if P.pixels % LANES:  # the map may end here, but only one can begin
+        if P.pixels % LANES:  # the map may end within these neighbours; at most one other begins
             next = pixel >= P.pixels
             pixel = tl.where(next, pixel - P.pixels, pixel)
             outer, mean = tl.where(next, after[0], outer), tl.where(next, after[1], mean)
@@ -118,7 +123,7 @@ def _look_up(pointers, first, limit, here, after, P: tl.constexpr, LANES: tl.con
 
 @triton.jit
 def _spread(x, LANES: tl.constexpr):
-    """[T, 2, 2, ...] -> [T, LANES], neighbours alike."""
+    """[T, 2, 2, ...] -> [T, LANES]; each value is repeated for its neighbours."""
     COUNT: tl.constexpr = x.numel // x.shape[0]
     x = tl.reshape(x, [x.shape[0], COUNT, 1])
     return tl.reshape(tl.broadcast_to(x, [x.shape[0], COUNT, LANES // COUNT]), [x.shape[0], LANES])
@@ -126,17 +131,17 @@ def _spread(x, LANES: tl.constexpr):
 
 @triton.jit
 def _codes(x, mean, low, inverse, noise, first, limit, P: tl.constexpr):
-    """uint32 [T, 8], of elements from first [T] on; what is past the limit, 0."""
+    """Codes uint32 [T, 8] of elements from first [T] on; 0 past the limit."""
     steps = (x - mean - low) * inverse + noise
     steps = tl.minimum(steps, 2.0**P.bits - 1, propagate_nan=tl.PropagateNan.ALL)
-    if not P.whole:  # what fills the last byte is 0
+    if not P.whole:  # the padding of the last byte is 0
         steps = tl.where(first[:, None] + tl.arange(0, 8)[None, :] < limit, steps, 0.0)
     return steps.to(tl.uint32)  # cuts off: floor, as there is no sign; NaN becomes 0
 
 
 @triton.jit
 def _store_codes(codes_ptr, codes, first, exists, limit, P: tl.constexpr):
-    """Codes of P.lanes elements from first [T] on, one or two eights, to where they belong."""
+    """Store the codes of P.lanes elements, one or two eights, from first [T] on."""
     EIGHTS: tl.constexpr = P.lanes // 8
     if P.whole:
         store_words(codes_ptr, codes, first, exists, P.bits)
@@ -148,8 +153,10 @@ def _store_codes(codes_ptr, codes, first, exists, limit, P: tl.constexpr):
 
 @triton.jit
 def _encode_neighbours(x_ptr, pointers, codes_ptr, seed, start, first, exists, limit, P: tl.constexpr):
-    """Codes of the P.lanes neighbours that begin at elements first [T]. Pointers are to the first of `limit` elements, of maps that all
-    begin there; `start` is its number in the whole tensor."""
+    """Make the codes of the P.lanes neighbours from elements first [T] on.
+
+    Pointers are to the first of `limit` elements, of whole maps; `start` is the number of that element in the whole tensor.
+    """
     EIGHTS: tl.constexpr = P.lanes // 8
     if P.whole:
         # written so that the compiler sees the alignment
@@ -168,7 +175,7 @@ def _encode_neighbours(x_ptr, pointers, codes_ptr, seed, start, first, exists, l
 
 @triton.jit
 def _eight(ptr, at):
-    """fp32 [T, 8] from each of `at` on, 16 bytes a load; of int16 the bf16 whose bits these are."""
+    """fp32 [T, 8] from each of `at` on, 16 bytes a load; int16 is read as the bits of bf16."""
     if ptr.dtype.element_ty == tl.int16:
         return bf16_value(load_at(ptr, at, 0, 8, True))
     else:
@@ -177,7 +184,8 @@ def _eight(ptr, at):
 
 @triton.jit
 def _encode_channels(x_ptr, pointers, codes_ptr, seed, start, channel, P: tl.constexpr):
-    """Codes of P.maps channels from `channel` on, P.lanes a thread, always the same ones, whose low and inverse it looks up once."""
+    """Make the codes of P.maps channels from `channel` on. A thread has the same P.lanes channels in each pixel and loads their low and
+    inverse once."""
     lfc_ptr, low_ptr, inverse_ptr = pointers
     EIGHTS: tl.constexpr = P.lanes // 8
     PER_PIXEL: tl.constexpr = P.maps // P.lanes
@@ -206,8 +214,10 @@ def _encode_channels(x_ptr, pointers, codes_ptr, seed, start, channel, P: tl.con
 
 @triton.jit
 def encode_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, step_ptr, inverse_ptr, outers, P: tl.constexpr):
-    """Some maps a program, from their means to their codes. The sampled rows are read once more for expected errors, and all once more
-    for the codes, from a cache."""
+    """Encode P.maps maps a program: means, extremes, expected errors, low and step, codes.
+
+    A cache serves the second read of the sampled rows, for expected errors, and the second read of all rows, for the codes.
+    """
     LAST: tl.constexpr = P.tiles - 1
     outer, channel, maps = own_maps(tl.program_id(0), outers, P)
     x_ptr += outer * (P.pixels * P.channels)
@@ -257,8 +267,8 @@ def encode_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, step_ptr, invers
 
 @triton.jit
 def _unit(outers, chunk, P: tl.constexpr):
-    """Programs of kernels that go over memory in order: (first outer of this one's unit, where its chunk begins in that, how many elements
-    the unit has)."""
+    """The share of a program that runs over memory in order: (first outer of its unit, start of its chunk in the unit, elements of the
+    unit)."""
     outer = (tl.program_id(0) // P.chunks).to(tl.int64) * P.units
     part = tl.program_id(0) % P.chunks
     limit = tl.minimum(outers - outer, P.units) * (P.pixels * P.channels)
@@ -282,7 +292,7 @@ def codes_kernel(x_ptr, seed_ptr, lfc_ptr, codes_ptr, low_ptr, inverse_ptr, oute
 
 @triton.jit
 def decode_kernel(lfc_ptr, codes_ptr, low_ptr, step_ptr, mask_ptr, x_ptr, outers, P: tl.constexpr, LANES: tl.constexpr):
-    """x in memory order, LANES neighbours a thread, 16 bytes; zero where the mask, if there is one, is."""
+    """x in memory order, LANES neighbours (16 bytes) a thread; zero where the mask, if there is one, is 0."""
     outer, start, limit = _unit(outers, P.threads * LANES, P)
     base, map = outer * (P.pixels * P.channels), outer * P.channels
     first = start + tl.arange(0, P.threads) * LANES

@@ -44,23 +44,6 @@ def _decode_reference(
     return decode_reference(code, torch.Size(shape), dtype, channels_last, _format(kernel, bits, align), mask)
 
 
-def _decode_launcher(
-    lfc: Tensor,
-    codes: Tensor,
-    low: Tensor,
-    step: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    channels_last: bool,
-    kernel: Sequence[int],
-    bits: int,
-    align: str,
-    mask: Tensor | None,
-) -> Tensor:
-    code = Code(lfc, codes, low, step)
-    return decode_triton(code, shape, dtype, channels_last, _known_format(tuple(kernel), bits, align), mask)
-
-
 _encode = launch.operation(
     "division_encode",
     _encode_reference,
@@ -71,7 +54,9 @@ _encode = launch.operation(
 _decode = launch.operation(
     "division_decode",
     _decode_reference,
-    _decode_launcher,
+    lambda lfc, codes, low, step, shape, dtype, channels_last, kernel, bits, align, mask: decode_triton(
+        Code(lfc, codes, low, step), shape, dtype, channels_last, _known_format(tuple(kernel), bits, align), mask
+    ),
     lambda lfc, codes, low, step, shape, dtype, channels_last, *_: empty(shape, dtype, codes.device, channels_last),
     fits=lambda lfc, codes, low, step, shape, dtype, *_: dtype != torch.float64,
 )

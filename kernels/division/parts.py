@@ -46,7 +46,7 @@ def means_kernel(x_ptr, lfc_ptr, outers, P: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def partials_kernel(x_ptr, lfc_ptr, partials_ptr, outers, parts, tiles, P: tl.constexpr):
-    """Extremes of part of a map, `tiles` tiles of it, to partials [4, maps, parts]."""
+    """Extremes of a part of a map, `tiles` tiles, to partials [4, maps, parts]."""
     part = tl.program_id(0) % parts
     outer, channel, maps = own_maps(tl.program_id(0) // parts, outers, P)
     x_ptr += outer * (P.pixels * P.channels) + channel
@@ -65,7 +65,7 @@ def partials_kernel(x_ptr, lfc_ptr, partials_ptr, outers, parts, tiles, P: tl.co
 
 @triton.jit
 def _partials(ptr, parts, first, maps, filling, P: tl.constexpr, PARTS: tl.constexpr):
-    """[P.maps, PARTS], from [maps, parts] at map `first` on."""
+    """[P.maps, PARTS] from [maps, parts], from map `first` on."""
     map, part = tl.minimum(tl.arange(0, P.maps), maps - 1)[:, None], tl.arange(0, PARTS)[None, :]
     return tl.load(ptr + (first + map) * parts + part, mask=(part < parts) & (map >= 0), other=filling)
 
@@ -79,7 +79,7 @@ def _scale_of_parts(ptr, parts, first, maps, size, P: tl.constexpr, PARTS: tl.co
 
 @triton.jit
 def errors_kernel(x_ptr, lfc_ptr, partials_ptr, errors_ptr, outers, parts, tiles, P: tl.constexpr, PARTS: tl.constexpr):
-    """Expected errors of the sampled rows of the same parts, with and without means, to errors [2, maps, parts]."""
+    """Expected errors of the sampled rows of each part, with and without means, to errors [2, maps, parts]."""
     part = tl.program_id(0) % parts
     outer, channel, maps = own_maps(tl.program_id(0) // parts, outers, P)
     first, size = outer * P.channels + channel, tl.cast(outers, tl.int64) * P.channels * parts
@@ -108,7 +108,7 @@ def finish_kernel(
     P: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """low and step of maps from their parts; auto: of the better way, and zeros for means where that is the one without."""
+    """low and step of maps from their parts. P.auto: with the smaller error; means are set to zero where that is the code without them."""
     outer, channel, maps = own_maps(tl.program_id(0), outers, P)
     first, size = outer * P.channels + channel, tl.cast(outers, tl.int64) * P.channels * parts
     scale = _scale_of_parts(partials_ptr, parts, first, maps, size, P, PARTS)

@@ -1,5 +1,7 @@
-"""Which kernels encode and decode a tensor, and what each of their programs takes: from shapes alone, so that results never depend on
-a measurement."""
+"""Which kernels encode and decode a tensor, and the share of each of their programs.
+
+Both follow from shapes alone, so that results never depend on a measurement.
+"""
 
 import functools
 import math
@@ -15,17 +17,16 @@ ENCODE_CONFIGS: tuple[launch.Config, ...] = (  # LANES: elements that a program 
     {"LANES": 4096, "num_warps": 4},
     {"LANES": 8192, "num_warps": 4},
 )
-DECODE_CONFIGS: tuple[launch.Config, ...] = (  # THREADS: who write 16 bytes each
+DECODE_CONFIGS: tuple[launch.Config, ...] = (  # THREADS: of a program; each writes 16 bytes
     {"THREADS": 512, "num_warps": 4},
     {"THREADS": 256, "num_warps": 4},
     {"THREADS": 1024, "num_warps": 8},
 )
 TALLEST = 16  # rows of a block that a thread may hold
 LARGEST = 16384  # elements of a tile
-CROWDED = (
-    48 * 1024
-)  # bytes of a program's maps from which on it gets twice the threads: fewer programs then share a cache
-FEW = 256  # programs, or less, leave most of a GPU idle
+# Programs whose maps take more bytes get twice the threads, so that fewer programs share a cache.
+CROWDED = 48 * 1024
+FEW = 256  # so many programs, or fewer, leave most of a GPU idle
 PARTS = 256  # of a map, at most
 
 
@@ -52,7 +53,7 @@ class Plan:
     # Of memory in order: `units` outers are split into `chunks`.
     units: int = 1
     chunks: int = 1
-    threads: int = 1  # who own neighbours
+    threads: int = 1  # of a program; each owns neighbours
 
     @property
     def pixels(self) -> int:
@@ -69,31 +70,32 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows of a block in a tile, and its columns."""
+        """Rows of a block in a tile."""
         return 1 if self.known else self.kh
 
     @property
     def columns(self) -> int:
+        """Columns of a block in a tile, a power of two."""
         return 1 if self.known else 1 << (self.kw - 1).bit_length()
 
     @property
     def every(self) -> int:
-        """Expected errors are taken of the first of so many rows of a map, of the next first, and so on."""
+        """Expected errors are computed for one row of so many of a map: rows 0, every, 2 * every, ..."""
         return sampled_every(self.height)
 
     @property
     def stride(self) -> int:
-        """Of so many rows of a block that are held the first is looked at, and the next first: `every`, where that is the same."""
+        """Of the rows of a block in a tile, rows 0, stride, 2 * stride, ... may be sampled."""
         return self.every if self.kh % self.every == 0 and not self.known else 1
 
     @property
     def sampled(self) -> int:
-        """How many of the rows of a block in a tile are looked at."""
+        """Number of rows of a block in a tile that may be sampled."""
         return -(-self.rows // self.stride)
 
     @property
     def partial(self) -> bool:
-        """Whether programs have channels that are not there."""
+        """Whether the last program has fewer channels than P.maps."""
         return self.channels > 1 and self.channels % self.maps != 0
 
     @property
@@ -105,38 +107,38 @@ class Plan:
 
     @property
     def ragged(self) -> bool:
-        """Whether a tile has lanes that are no pixels."""
+        """Whether some lanes of a tile are no pixels."""
         odd = self.kh & self.kh - 1 or self.columns != self.kw or self.height % self.kh or self.width % self.kw
         return bool(odd) and not self.known
 
     @property
     def in_row(self) -> bool:
-        """Whether the means of an eight lie next to each other."""
+        """Whether the means of eight neighbours lie next to each other."""
         if self.channels > 1:
             return self.channels % 8 == 0
         return self.kw == 1 and self.width % 8 == 0 and not self.nearest
 
     @property
     def alike(self) -> int:
-        """How many of an eight, from its first on, lie in one block."""
+        """How many of eight neighbours, from the first on, surely lie in one block."""
         if self.channels > 1 or self.nearest:
             return 1
         return math.gcd(8, self.pixels) if self.means == 1 else math.gcd(8, self.width, self.kw)
 
 
 class Strategy(NamedTuple):
-    """How a tensor is encoded."""
+    """How a tensor is encoded: the plan of its kernels and their launches."""
 
     plan: Plan
     outers: int
     programs: int  # shares of maps
     warps: int
-    parts: int  # of a map; 0: one kernel does everything but, unless plan.codes, the codes
+    parts: int  # of a map; 0: one kernel does everything, except for the codes where plan.codes is False
 
 
 @functools.cache
 def shape_of(shape: tuple[int, ...], channels_last: bool, format: Format) -> tuple[Plan, int]:
-    """Maps and blocks as kernels see them, without shares, and the number of outers. Raises ValueError where no block fits in a map."""
+    """(maps and blocks as kernels see them, without shares; number of outers). Raises ValueError where no block fits in a map."""
     n, c, h, w = shape
     (kh, kw), (hb, wb) = format.kernel, format.grid(h, w)
     if not hb * wb:
@@ -164,7 +166,7 @@ def strategy_of(
     count = triton.next_power_of_2(plan.pixels if known else plan.means)
     lanes = (
         lanes // 4 if known else lanes
-    )  # for each column of a block, here of one pixel, four numbers are kept from tile to tile
+    )  # a thread holds four numbers for each column of a block, here for each pixel
     many, warps = lanes, num_warps
     if plan.channels > 1:
         bytes_of = plan.pixels * itemsize

@@ -1,12 +1,12 @@
 """Device code of DIVISION: block means, extremes and expected errors of a tile. The formulas are in the docstring of the package.
 
 Memory is seen as [outer, pixels, channels]: maps one after the other (NCHW) are `outer` with one channel, channels_last is what it says.
-bf16 travels as int16 (rounding.py).
+bf16 is passed as int16 (kernels/common/rounding.py).
 
 A tile is [maps, blocks, columns of a block], one for each row of a block, so that a thread holds columns of blocks from top to bottom.
-In channels_last order it holds these of eight neighbouring channels: 16 bytes of bf16 a load. The compiler sees that they are neighbours
-only where nothing clamps their numbers, so channels past the last are masked. What is reduced over a map is reduced over tiles first, lane
-by lane, and across threads once.
+In channels_last order it holds those of eight neighbouring channels: a load takes 16 bytes of bf16. The compiler recognises neighbours only
+where nothing clamps their numbers, so channels past the last are masked. Reductions over a map run over tiles first, lane by lane, and
+across threads once.
 """
 
 from actpress.kernels.common.launch import tl, triton
@@ -15,7 +15,7 @@ from actpress.kernels.common.rounding import bf16_floor_bits, bf16_nearest_bits,
 
 @triton.jit
 def own_maps(program, outers, P: tl.constexpr):
-    """The maps of a program: (outer of the first, its channel, how many there are from it on, at times more channels than P.maps)."""
+    """The maps of a program: (outer of the first, its channel, number of maps from it on, which may exceed P.maps for channels)."""
     if P.channels == 1:
         outer = program.to(tl.int64) * P.maps
         return outer, program * 0, tl.minimum(outers - outer, P.maps).to(tl.int32)
@@ -39,16 +39,18 @@ def block_of(pixel, P: tl.constexpr):
 
 @triton.jit
 def offsets(maps, each, P: tl.constexpr):
-    """Offsets of a program's maps in memory that holds `each` per map. Maps that are not there repeat the last; channels have to be
-    masked."""
+    """Offsets of a program's maps in memory with `each` elements per map.
+
+    Maps past the last repeat it; channels past the last have to be masked.
+    """
     map = tl.arange(0, P.maps)
     return tl.minimum(map, maps - 1) * each if P.channels == 1 else map
 
 
 @triton.jit
 def _place(i, maps, P: tl.constexpr):
-    """Of tile i: (offsets of its first rows, [maps, blocks, columns]; first row and column of blocks, [blocks]; which columns are there,
-    [blocks, columns]). Blocks that are not there repeat the last."""
+    """(offsets of the first rows [maps, blocks, columns]; first row, first column of blocks [blocks]; which columns exist
+    [blocks, columns]) of tile i. Blocks past the last repeat it."""
     block = tl.minimum(i * P.tile + tl.arange(0, P.tile), P.means - 1)
     top, left = block // P.wb * P.kh, block % P.wb * P.kw
     lane = tl.arange(0, P.columns)[None, :]
@@ -76,8 +78,10 @@ def _row(x_ptr, place, r: tl.constexpr, maps, P: tl.constexpr):
 
 @triton.jit
 def tile(x_ptr, i, maps, P: tl.constexpr):
-    """Tile i of some maps: (x, a tuple of the rows of a block, [maps, blocks, columns]; their sum; bits of the means, [maps, blocks]).
-    Blocks that are not there repeat the last; lanes that are no pixels hold NaN."""
+    """(x: a tuple of the rows of blocks, each [maps, blocks, columns]; the sum over rows; bits of the means [maps, blocks]) of tile i.
+
+    Blocks past the last repeat it; lanes that are no pixels hold NaN.
+    """
     ROWS: tl.constexpr = P.kh
     place = _place(i, maps, P)
     _, top, left, _ = place
@@ -98,7 +102,7 @@ def tile(x_ptr, i, maps, P: tl.constexpr):
 
 @triton.jit
 def _sample(x_ptr, i, maps, P: tl.constexpr):
-    """Of tile i the rows that expected errors are taken of: (x, which lanes are pixels of such rows), two tuples."""
+    """The sampled rows of tile i, for expected errors: (x, which lanes are pixels of such rows), two tuples."""
     ROWS: tl.constexpr = P.kh
     place = _place(i, maps, P)
     _, top, _, _ = place
@@ -129,8 +133,10 @@ def _means(lfc_ptr, i, maps, P: tl.constexpr):
 
 @triton.jit
 def _pixels(x_ptr, lfc_ptr, i, maps, P: tl.constexpr):
-    """A tile where means are known, of blocks of one pixel: (x, which lanes are pixels of rows that expected errors are taken of, two
-    tuples; bits of the means). Pixels that are not there repeat the last."""
+    """A tile where means are known, of blocks of one pixel: (x, which lanes are pixels of sampled rows, two tuples; bits of the means).
+
+    Pixels past the last repeat it.
+    """
     pixel = tl.minimum(i * P.tile + tl.arange(0, P.tile), P.pixels - 1)[None, :]
     at = offsets(maps, P.means, P)[:, None] + block_of(pixel, P) * P.channels
     inside = (pixel // P.width % P.every == 0)[:, :, None]
@@ -155,17 +161,17 @@ def store_means(lfc_ptr, mean, i, maps, P: tl.constexpr):
 
 @triton.jit
 def no_extremes(P: tl.constexpr):
-    """What `extremes` begin with, and what they are of no tile."""
+    """The initial value of `extremes`."""
     a = tl.full([P.maps, P.tile, P.columns], float("-inf"), tl.float32)
     return a, a, a, a
 
 
 @triton.jit
 def extremes(before, x, total, mean, P: tl.constexpr):
-    """(-least, greatest, -least, greatest) of the high frequencies and, auto, of x, each fp32 [maps, blocks, columns], of a tile and of
-    `before`. total: sum of x over the rows. Where the mean is not finite, or x is NaN, the greatest is infinite.
+    """`before`, combined with a tile: (-least, greatest) of the high frequencies and, with P.auto, (-least, greatest) of x.
 
-    Least and greatest leave NaN out. A sum of finite numbers, one after the other, may become infinite, but not NaN: there x is not finite.
+    Each is fp32 [maps, blocks, columns]. total: sum of x over the rows. The greatest is infinite where the mean is not finite or x is NaN.
+    Minimum and maximum ignore NaN, so the sum shows it: a running sum of finite numbers may become infinite, but never NaN.
     """
     ROWS: tl.constexpr = P.rows
     mean = bf16_value(mean)[:, :, None]
@@ -188,12 +194,12 @@ def extremes(before, x, total, mean, P: tl.constexpr):
 
 @triton.jit
 def of_maps(lanes, P: tl.constexpr):
-    """`extremes`, [maps] each. What is joined is reduced together, one reduction instead of several.
+    """`extremes` reduced to [maps] each. Joined tensors are reduced together, by one reduction instead of several.
 
-    An axis at a time: seen as one axis, blocks and columns may lie in lanes of a warp that those of maps part, and Triton up to 3.6 then
-    shuffles other lanes (scripts/dev/reductions.py).
+    One axis is reduced at a time: as one merged axis, blocks and columns may lie in lanes of a warp that are separated by those of maps,
+    and Triton up to 3.6 then shuffles wrong lanes (scripts/dev/reductions.py).
     """
-    # first that of which a thread holds neighbours, or of which warps hold different ones
+    # the first axis is the one along which a thread holds neighbours, or along which warps differ
     FIRST: tl.constexpr = 2 if P.channels == 1 else 1
     a, b, c, d = lanes
     rest = tl.join(a, b)
@@ -224,8 +230,8 @@ def scan(x_ptr, lfc_ptr, first, last, maps, P: tl.constexpr):
 
 @triton.jit
 def scale_of(least, greatest, P: tl.constexpr):
-    """From minus the least and the greatest: (bits of low, of step, what differences are multiplied with). NaN if these, or the range,
-    are infinite."""
+    """(bits of low, bits of step, fp32 factor for differences) from minus the least and the greatest. NaN if these or the range are
+    infinite."""
     zero = (least - least) + (greatest - greatest)
     low = finite_bits(bf16_floor_bits(zero - least))
     minus_range = bf16_value(low) - greatest
@@ -236,10 +242,10 @@ def scale_of(least, greatest, P: tl.constexpr):
 
 @triton.jit
 def _error(before, x, inside, exists, least, inverse, P: tl.constexpr):
-    """`before`, and the expected squared error of stochastic rounding, in steps from `least`: f (1 - f), f the fraction rounded away,
-    summed over rows.
+    """`before`, plus the expected squared error of stochastic rounding, f (1 - f) in steps, summed over rows.
 
-    With r the distance to the nearest code, f (1 - f) = r - r^2, and the nearest comes of two additions.
+    f is the fraction of a step that is rounded away, counted from `least`. With r the distance to the nearest code, f (1 - f) = r - r^2,
+    and two additions find the nearest code.
     """
     ROWS: tl.constexpr = P.sampled
     offset = -least * inverse
@@ -256,8 +262,10 @@ def _error(before, x, inside, exists, least, inverse, P: tl.constexpr):
 
 @triton.jit
 def errors(before, x, inside, mean, i, rest, plain, P: tl.constexpr):
-    """`before` and expected errors (of the high frequencies, of x), [maps, blocks, columns], in steps squared, of the rows of tile i that
-    are sampled; rest, plain: their scales."""
+    """`before`, plus the expected errors (of the high frequencies, of x) of the sampled rows of tile i.
+
+    [maps, blocks, columns], in steps squared. rest, plain: scales of the high frequencies and of x.
+    """
     least = bf16_value(mean) + bf16_value(rest[0])[:, None, None]
     exists = (i * P.tile + tl.arange(0, P.tile) < (P.pixels if P.known else P.means))[None, :, None]
     with_means = _error(before[0], x, inside, exists, least, rest[2][:, None, None], P)
@@ -267,7 +275,7 @@ def errors(before, x, inside, mean, i, rest, plain, P: tl.constexpr):
 
 @triton.jit
 def errors_at(before, x_ptr, mean, i, maps, rest, plain, P: tl.constexpr):
-    """The same of tile i in memory, whose means are [maps, blocks]."""
+    """`errors` of tile i, which is read from memory; its means are [maps, blocks]."""
     x, inside = _sample(x_ptr, i, maps, P)
     return errors(before, x, inside, mean[:, :, None], i, rest, plain, P)
 
@@ -280,7 +288,7 @@ def no_errors(P: tl.constexpr):
 
 @triton.jit
 def scan_errors(x_ptr, lfc_ptr, first, last, maps, rest, plain, P: tl.constexpr):
-    """`errors` of tiles first .. last - 1, whose means are in memory."""
+    """`errors` of tiles first .. last - 1; their means are in memory."""
     lanes = no_errors(P)
     for i in range(first, last):
         if P.known:
@@ -294,7 +302,7 @@ def scan_errors(x_ptr, lfc_ptr, first, last, maps, rest, plain, P: tl.constexpr)
 
 @triton.jit
 def sum_of_maps(lanes, P: tl.constexpr):
-    """`errors`, [maps] each. An axis at a time, as `of_maps`."""
+    """`errors` reduced to [maps] each, one axis at a time as in `of_maps`."""
     FIRST: tl.constexpr = 2 if P.channels == 1 else 1
     with_means, without = lanes
     return tl.split(tl.sum(tl.sum(tl.join(with_means, without), axis=FIRST), axis=1))
@@ -302,7 +310,7 @@ def sum_of_maps(lanes, P: tl.constexpr):
 
 @triton.jit
 def better(with_means, without, rest, plain):
-    """Of two scales that with the lesser error: (which maps are plain, their scales). Errors are in steps squared."""
+    """The scale with the smaller error of each map: (which maps are plain, scales). Errors are in steps squared."""
     rest_step, plain_step = bf16_value(rest[1]), bf16_value(plain[1])
     is_plain = without * (plain_step * plain_step) < with_means * (rest_step * rest_step)
     is_plain |= (with_means != with_means) & (without == without)  # means that are not finite, of an x that is
@@ -312,7 +320,7 @@ def better(with_means, without, rest, plain):
 
 @triton.jit
 def leave_out(lfc_ptr, is_plain, tiles, maps, P: tl.constexpr):
-    """Zero the means, stored before, of the first `tiles` tiles of plain maps."""
+    """Set the stored means of the first `tiles` tiles of plain maps to zero."""
     zero = tl.full([P.maps, P.tile], 0, tl.int16)
     for i in range(tiles):
         map, block = tl.arange(0, P.maps)[:, None], (i * P.tile + tl.arange(0, P.tile))[None, :]

@@ -19,8 +19,10 @@ def _scale(x: Tensor, p: float) -> float:
 
 @triton.jit
 def _keep8(seed, group, dropped):
-    """noise.uniform8(seed, group) >= p, packed: int64 [G] -> int32 [G], 0 .. 255. Compared as 16-bit integers, of which the first `dropped`
-    are below p, so that neither noise nor mask leaves the thread before it is a byte."""
+    """noise.uniform8(seed, group) >= p, packed: int64 [G] -> int32 [G], 0 .. 255.
+
+    Noise is compared as 16-bit integers, of which the first `dropped` are below p: a thread makes whole bytes and exchanges nothing.
+    """
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
     words = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
     keep = (low * 0).to(tl.int32)
@@ -77,6 +79,6 @@ def dropout_backward_regenerated_triton(
 
 def _draw_and_scale(x: Tensor, packed: Tensor | None, p: float, seed: Tensor, config: launch.Config) -> Tensor:
     y = torch.empty_like(x)
-    dropped = math.ceil(float(np.float32(p)) * 65536 - 0.5)  # how many i in 0 .. 65535 have (i + 1/2) / 65536 < p
+    dropped = math.ceil(float(np.float32(p)) * 65536 - 0.5)  # the number of i in 0 .. 65535 with (i + 1/2) / 65536 < p
     launch.run(_dropout_kernel, grid_of(x, config), x, y, packed, seed, dropped, _scale(x, p), x.numel(), **config)
     return y

@@ -28,7 +28,7 @@ def unpack_mask_reference(packed: Tensor, shape: Sequence[int], channels_last: b
 
 
 def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x of any shape -> (relu(x), packed mask of what is above zero). NaN passes forward; PyTorch would let its gradient pass too."""
+    """x of any shape -> (relu(x), packed mask of x > 0). NaN passes forward; its gradient is zero, where PyTorch would let it pass."""
     y = x.relu()
     return y, pack_mask_reference(y > 0)
 
@@ -39,6 +39,6 @@ def relu_inplace_reference(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def relu_backward_reference(dy: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
-    """dx = dy where the mask is set, else 0. PyTorch's own gradient of ReLU on a CPU is ten times as fast as `torch.where` on a mask."""
+    """dx = dy where the mask is set, else 0. On a CPU, PyTorch's gradient of ReLU is ten times as fast as `torch.where`."""
     mask = unpack_mask_reference(packed, dy.shape, channels_last)
     return torch.ops.aten.threshold_backward(dy, mask.to(dy.dtype), 0)

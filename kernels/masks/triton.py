@@ -19,8 +19,8 @@ CONFIGS: tuple[launch.Config, ...] = (
 
 @triton.jit
 def tile(count, GROUPS: tl.constexpr):
-    """This program's share of `count` elements: (its first group of eight, its elements [8 * GROUPS] counted from there, which of them
-    exist, its groups [GROUPS], which exist). Only the first is 64-bit."""
+    """This program's share of `count` elements: (its first group of eight, int64; its elements [8 * GROUPS], counted from there; which of
+    them exist; its groups [GROUPS]; which of them exist)."""
     first = tl.program_id(0).to(tl.int64) * GROUPS
     left = tl.minimum(count - first * 8, GROUPS * 8).to(tl.int32)
     element, group = tl.arange(0, GROUPS * 8), tl.arange(0, GROUPS)
@@ -29,7 +29,7 @@ def tile(count, GROUPS: tl.constexpr):
 
 @triton.jit
 def load_mask(packed_ptr, element, exists):
-    """The bits of these elements as int32 0 or 1. Each thread loads the bytes it needs: those of neighbours come from the same line."""
+    """The bits of these elements, int32 0 or 1. Each thread loads the bytes it needs; those of neighbours come from the same cache line."""
     packed = tl.load(packed_ptr + element // 8, mask=exists, other=0)
     return (packed.to(tl.int32) >> (element % 8)) & 1
 
@@ -71,7 +71,7 @@ def _relu_backward_kernel(dy_ptr, packed_ptr, dx_ptr, count, GROUPS: tl.constexp
 
 
 def grid_of(x: Tensor, config: launch.Config) -> tuple[int]:
-    """One program for each `tile` of x."""
+    """The grid: one program for each `tile` of x."""
     return (-(-x.numel() // (8 * config["GROUPS"])),)
 
 
@@ -106,7 +106,7 @@ def relu_triton(x: Tensor, config: launch.Config = CONFIGS[0]) -> tuple[Tensor, 
 
 
 def relu_inplace_triton(x: Tensor, channels_last: bool, config: launch.Config = CONFIGS[0]) -> Tensor:
-    """`relu_inplace_reference` in one pass; equal bit for bit. Other strides than `channels_last` says take a copy there and back."""
+    """`relu_inplace_reference` in one pass; equal bit for bit. A tensor in another order than `channels_last` is copied there and back."""
     y, packed = dense_as(x, channels_last), empty_packed(x)
     launch.run(_relu_kernel, grid_of(x, config), y, y, packed, x.numel(), **config)
     if y is not x:

@@ -93,8 +93,11 @@ def cases() -> list[launch.Case]:
 
 
 def _lines_read(count: int, lines: int, tile: int, size: int, met: Callable[[Tensor], Tensor]) -> int:
-    """Over `count` maps: how many lines (rows or columns), of `size` a map, are read by tiles of `tile` lines, of `lines` a map. One that
-    two tiles read counts twice. met(line [n, 1]): the lines that it needs [n, m], some of which may not exist."""
+    """Lines (rows or columns) of the input that are read over `count` maps; a line that two tiles read counts twice.
+
+    A map has `lines` lines of outputs, `tile` of them a tile, and `size` lines of inputs. met(line [n, 1]) -> the lines of inputs that
+    these outputs need [n, m], some of which may not exist.
+    """
     line = torch.arange(count * lines, device="cpu")[:, None]
     other = met(line % lines)
     read = line // tile * (count * size) + line // lines * size + other
@@ -102,7 +105,7 @@ def _lines_read(count: int, lines: int, tile: int, size: int, met: Callable[[Ten
 
 
 def max_pool2d_bytes(x: Tensor, window: Window, ceil_mode: bool, config: launch.Config = CONFIGS[0]) -> int:
-    """What max_pool2d_triton moves: pixels that windows of two tiles cover are read twice."""
+    """Bytes that max_pool2d_triton moves: pixels that windows of two tiles cover are read twice."""
     y, offset = empty_outputs(x.to("meta"), window, ceil_mode)
     tiling = forward_tiling(x, *y.shape[-2:], config)
 
@@ -123,7 +126,7 @@ def max_pool2d_backward_bytes(
     channels_last: bool,
     config: launch.Config = CONFIGS[0],
 ) -> int:
-    """What max_pool2d_backward_triton moves: windows that cover pixels of two tiles are read twice."""
+    """Bytes that max_pool2d_backward_triton moves: windows that cover pixels of two tiles are read twice."""
     tiling = backward_tiling(shape, window, channels_last, dy.itemsize, config)
     windows = [range(first, first + count) for first, count in zip(*visits_of(window), strict=True)]
     k, s, p, d = (pair[0] for pair in window)

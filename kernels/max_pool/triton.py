@@ -31,9 +31,12 @@ CONFIGS: tuple[launch.Config, ...] = (
 
 @triton.jit
 def _tile(rows, height, width, channels, TILE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's tile of maps [rows // height, height, width, channels], TILE = (rows, cells, phases, channels) with cells of `phases`
-    columns: the first map it touches (int64), and for each of its elements [BLOCK] the row, counted from the top of that map through all
-    that follow, the column, the same as (cell, phase), the channel, and whether it exists."""
+    """This program's tile of maps [rows // height, height, width, channels]. TILE = (rows, cells, phases, channels); a cell is `phases`
+    columns.
+
+    Returns the first map that the tile touches (int64) and, for each of its elements [BLOCK]: row, counted from the top of that map through
+    all later maps; column; the column as (cell, phase); channel; whether the element exists.
+    """
     ROWS: tl.constexpr = TILE[0]
     CELLS: tl.constexpr = TILE[1]
     PHASES: tl.constexpr = TILE[2]
@@ -43,7 +46,7 @@ def _tile(rows, height, width, channels, TILE: tl.constexpr, INDEX: tl.constexpr
     program, element = tl.program_id(0), tl.arange(0, BLOCK)
     channel = program % channel_tiles * CHANNELS + element % CHANNELS
     first_cell = program // channel_tiles % column_tiles * CELLS
-    # two ways to say the same: by one the compiler sees that columns are contiguous, by the other which of them are of one cell
+    # the same number twice: the first shows the compiler that columns are contiguous, the second which of them are of one cell
     column = first_cell * PHASES + element // CHANNELS % (CELLS * PHASES)
     cell, phase = first_cell + element // (CHANNELS * PHASES) % CELLS, element // CHANNELS % PHASES
     first = (program // (channel_tiles * column_tiles)).to(tl.int64) * ROWS
@@ -55,7 +58,7 @@ def _tile(rows, height, width, channels, TILE: tl.constexpr, INDEX: tl.constexpr
 
 @triton.jit
 def _float(x):
-    """x in fp32; bf16 by way of its bits, or the compiler goes back to bf16 for comparing, which takes more instructions."""
+    """x in fp32. bf16 is converted by its bits; otherwise the compiler compares in bf16, which takes more instructions."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -121,7 +124,7 @@ def _max_pool2d_backward_kernel(
     VISITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pixel (row * stride + a, column) is covered by windows (row, column // stride) + FIRST .. FIRST + VISITS - 1, or some of them."""
+    """Pixel (row * stride + a, column) can only be covered by windows (row, column // stride) + FIRST .. FIRST + VISITS - 1."""
     height: tl.constexpr = (H + STRIDE[0] - 1) // STRIDE[0]
     first_map, row, column, cell, phase, channel, exists = _tile(rows, height, W, C, TILE, INDEX, BLOCK)
     if TILE[2] != STRIDE[1]:
@@ -166,14 +169,14 @@ class Tiling(NamedTuple):
 
 
 def forward_tiling(x: Tensor, height: int, width: int, config: launch.Config) -> Tiling:
-    """Of the maxima, height x width a map."""
+    """The tiling of the maxima, height x width a map."""
     return _cut(x.shape, height, width, 1, is_channels_last(x), x.itemsize, config["BLOCK"])
 
 
 def backward_tiling(
     shape: Sequence[int], window: Window, channels_last: bool, itemsize: int, config: launch.Config
 ) -> Tiling:
-    """Of the pixels: a row of cells is `stride` rows of them; a cell `stride` columns where those are few, otherwise one."""
+    """The tiling of the pixels: a row of cells is `stride` rows of pixels; a cell is `stride` columns if those are at most 8, or one."""
     phases = window.stride[1] if window.stride[1] <= 8 else 1
     height, width = cdiv(shape[-2], window.stride[0]), cdiv(shape[-1], phases)
     return _cut(shape, height, width, phases, channels_last, itemsize, config["BLOCK"])
@@ -182,12 +185,12 @@ def backward_tiling(
 def _cut(
     shape: Sequence[int], height: int, width: int, phases: int, channels_last: bool, itemsize: int, block: int
 ) -> Tiling:
-    """Tiles hold whole rows, or, channels_last, nearly square pieces of 64 bytes of channels: neighbours share little of what they read."""
+    """Tiles hold whole rows; in channels_last order nearly square pieces of 64 bytes of channels. Neighbours then read little twice."""
     channels = shape[1] if channels_last else 1
     piece = min(channels, 64 // itemsize)
     room = block // (phases * piece)
     most = next_power_of_2(math.isqrt(room)) if channels_last else room
-    cells = cdiv(width, cdiv(width, most))  # pieces of one size, as far as they go
+    cells = cdiv(width, cdiv(width, most))  # pieces of about the same size
     return Tiling(math.prod(shape[:-2]) // channels, height, width, channels, (room // cells, cells, phases, piece))
 
 
@@ -201,7 +204,7 @@ def _launch(
     steps: int,
     **options: object,
 ) -> None:
-    """pixels, windows: (rows, columns) of a map; steps: of the kernel's loops, which are unrolled if they are few."""
+    """pixels, windows: (rows, columns) of a map. steps: iterations of the kernel's loops, which are unrolled if they are few."""
     touched = tiling.tile[0] // tiling.height + 2  # maps that a tile lies in, at most
     launch.run(
         kernel,
@@ -239,9 +242,12 @@ def max_pool2d_backward_triton(
     channels_last: bool,
     config: launch.Config = CONFIGS[0],
 ) -> Tensor:
-    """`max_pool2d_backward_reference` without atomics, each output written once. The windows that overlap in a pixel are summed in fp32, in
-    row-major order, and rounded once: in fp32 equal bit for bit to the reference on the CPU, which in half types rounds after each
-    addition (2^-9 of the sum in bf16, 2^-12 in fp16, for each window but the first)."""
+    """`max_pool2d_backward_reference` without atomics; each output is written once.
+
+    The windows that overlap in a pixel are summed in fp32, in row-major order, and rounded once. In fp32 this equals the reference on the
+    CPU bit for bit. In half types the reference rounds after each addition: by 2^-9 of the sum in bf16, 2^-12 in fp16, for each window but
+    the first.
+    """
     dy, offset = dense_as(dy, channels_last), dense_as(offset, channels_last)
     dx = empty(shape, dy.dtype, dy.device, channels_last)
     tensors = dy.view(torch.int32 if dy.itemsize == 4 else torch.int16), offset, dx
@@ -253,7 +259,7 @@ def max_pool2d_backward_triton(
 
 
 def visits_of(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(first, count) on each axis: cell c is covered by windows c + first .. c + first + count - 1 at most."""
+    """(first, count) on each axis: cell c can only be covered by windows c + first .. c + first + count - 1."""
     first = tuple(-(((k - 1) * d - p) // s) for k, s, p, d in zip(*window, strict=True))
     last = tuple((s - 1 + p) // s for s, p in zip(window.stride, window.padding, strict=True))
     return first, tuple(b - a + 1 for a, b in zip(first, last, strict=True))

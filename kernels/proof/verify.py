@@ -1,4 +1,4 @@
-"""Whether a kernel computes what its reference does: what tests assert, and what the benchmark asks before it times anything."""
+"""Compare a kernel with its reference: tests assert it, and the benchmark checks it before it times anything."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from actpress.kernels.common import launch
 def difference(
     case: launch.Case, config: launch.Config, inputs: tuple, expected: list[Tensor] | None = None
 ) -> str | None:
-    """What is wrong with what the kernel makes of these inputs; None if nothing is, within the case's tolerance.
+    """How the kernel's outputs for these inputs differ from the reference, in words; None if they agree within the case's tolerance.
 
-    Its outputs start as NaN or the largest integer, so that an element left unwritten shows. expected: `outcome` of the reference, if at
-    hand.
+    Outputs start as NaN or the largest integer, so that an element that is not written shows. expected: `outcome` of the reference; it
+    is computed if None.
     """
     expected = outcome(case.reference, inputs) if expected is None else expected
     with poisoned():
@@ -29,13 +29,13 @@ def difference(
 
 
 def outcome(function: Callable, inputs: tuple, **options: Any) -> list[Tensor]:
-    """What a function returns for a copy of the inputs, then that copy: it may have been changed, or must not have been."""
+    """The tensors that a function returns for a copy of the inputs, then those of the copy, which the function may have changed."""
     copy = copied(inputs)
     return tensors((function(*copy, **options), copy))
 
 
 def copied(value: Any) -> Any:
-    """Tensors, also those in tuples, with a storage of their own and the same strides."""
+    """A copy of tensors, also of those in tuples, each with its own storage and the same strides."""
     if isinstance(value, Tensor):
         storage = value.untyped_storage().clone()
         return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
@@ -43,7 +43,7 @@ def copied(value: Any) -> Any:
 
 
 def mapped(function: Callable, value: Any) -> Any:
-    """A tuple, named or not, of what the function makes of its items; anything else as it is."""
+    """The function applied to each item of a tuple, named or not; any other value unchanged."""
     if not isinstance(value, tuple):
         return value
     items = [function(item) for item in value]
@@ -51,7 +51,10 @@ def mapped(function: Callable, value: Any) -> Any:
 
 
 def tensor_difference(ours: Tensor, reference: Tensor, tolerance: float) -> str | None:
-    """0: equal, NaN to NaN and -0 to 0; otherwise ||ours - reference|| <= tolerance ||reference|| in fp64, which no NaN passes."""
+    """How two tensors differ, in words; None if they agree.
+
+    tolerance 0: equal, NaN to NaN and -0 to 0. Otherwise ||ours - reference|| <= tolerance ||reference|| in fp64, which no NaN passes.
+    """
     if (ours.shape, ours.dtype) != (reference.shape, reference.dtype):
         return f"{ours.dtype} {list(ours.shape)} instead of {reference.dtype} {list(reference.shape)}"
     if tolerance == 0:
@@ -76,11 +79,11 @@ def tensors(value: Any) -> list[Tensor]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that torch.empty returns is filled with NaN, or the largest integer."""
+    """Within, torch.empty returns memory that is filled with NaN, or with the largest integer."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that are not deterministic, which is not the point here
+        warnings.simplefilter("ignore")  # about operations that are not deterministic, which does not matter here
         torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

@@ -64,7 +64,7 @@ def decode_moved(code: Code, shape: torch.Size, dtype: torch.dtype, channels_las
 
 
 def _seen(where: Partition) -> int:
-    """Groups of consecutive elements, each as often as there are programs, of TILE elements, that see some of it."""
+    """Groups of consecutive elements; a group counts once for each program of TILE elements that reads a part of it."""
     firsts = range(CONFIGS[0]["TILE"], where.rows * where.length, CONFIGS[0]["TILE"])
     return where.groups + sum(first % where.length % where.size != 0 for first in firsts)
 

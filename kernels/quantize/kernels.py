@@ -13,8 +13,10 @@ from actpress.kernels.common.rounding import bf16_ceil_bits, bf16_floor_bits, bf
 
 @triton.jit
 def _statistics(low, high, zero, axis: tl.constexpr, BITS: tl.constexpr):
-    """Of groups along `axis`: int16 bits of low and step. low and high: the elements, NaN where there is none; zero: 0, or NaN for
-    an element that is not finite."""
+    """int16 bits of low and step of groups along `axis`.
+
+    low and high: the elements, NaN where there is none. zero: 0, or NaN for an element that is not finite.
+    """
     poison = tl.sum(zero, axis)
     low = finite_bits(bf16_floor_bits(tl.min(low, axis) + poison))
     size = tl.max(high, axis) + poison - bf16_value(low)
@@ -24,7 +26,7 @@ def _statistics(low, high, zero, axis: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _inverse(step):
-    """int16 bits of step -> fp32 by which differences are multiplied."""
+    """int16 bits of step -> fp32 factor for differences."""
     step = bf16_value(step)
     return tl.where(step >= 2.0**-126, tl.div_rn(1.0, step), 0.0)
 
@@ -37,7 +39,7 @@ def _codes(steps, noise, BITS: tl.constexpr):
 
 @triton.jit
 def _noise(seed_ptr, start, first, BITS: tl.constexpr, EIGHTS: tl.constexpr):
-    """Of EIGHTS eights from each element start + first on, a tuple of what is added to [K, 8]."""
+    """Noise of EIGHTS eights from each element start + first on: a tuple of terms to add to [K, 8]."""
     if seed_ptr is not None:
         return draws(tl.load(seed_ptr), start, first, BITS, EIGHTS)
     elif EIGHTS == 2:
@@ -48,7 +50,7 @@ def _noise(seed_ptr, start, first, BITS: tl.constexpr, EIGHTS: tl.constexpr):
 
 @triton.jit
 def _store_codes(codes_ptr, codes, eight, mask, BITS: tl.constexpr, total):
-    """uint32 [K, 8] to where the eights [K] lie; mask [K]; total: bytes in all, since the last eight may be incomplete."""
+    """Store codes uint32 [K, 8] of the eights [K]; mask [K]. total: bytes of all codes, since the last eight may be incomplete."""
     byte = eight[:, None] * BITS + tl.arange(0, BITS)[None, :]
     tl.store(codes_ptr + byte, pack8(codes, BITS), mask=mask[:, None] & (byte < total))
 
@@ -70,11 +72,12 @@ def aligned_kernel(
     LANES: tl.constexpr,
     EIGHTS: tl.constexpr,
 ):
-    """Groups of consecutive elements that begin and end on slots of EIGHTS eights, one or two: read once. `programs` a row, each GROUPS
-    groups of SLOTS or less.
+    """Groups of consecutive elements that begin and end on slots; x is read once. A slot is EIGHTS eights, one or two.
 
-    In the tile, LANES slots of the first group are followed by as many of the second, and so on; then come the next of the first. So a
-    thread, which holds slots that are far apart, holds them of one group: little is left to do across threads and per group."""
+    A row has `programs` programs, each with GROUPS groups of at most SLOTS slots. In the tile, LANES slots of the first group are followed
+    by LANES slots of the second, and so on; then come the next LANES slots of the first. A thread holds slots that are far apart, so it
+    holds slots of one group, and few reductions across threads remain.
+    """
     SLOT: tl.constexpr = 8 * EIGHTS
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs).to(tl.int64) * GROUPS  # group of the row
@@ -82,7 +85,7 @@ def aligned_kernel(
     k = first + slot // LANES % GROUPS
     within = (slot // (GROUPS * LANES) * LANES + slot % LANES) * SLOT  # element of the group
     own = (k < per_row) & (within < SIZE) & (k * SIZE + within < length)
-    # What is past the end repeats what is before it: nothing to mask in what follows.
+    # Slots past the end repeat earlier ones, so that nothing below needs a mask.
     start = tl.minimum(k * SIZE + tl.minimum(within, SIZE - SLOT), length - SLOT)
     at = (row * (length // SLOT) + start // SLOT) * SLOT
     x = ()
@@ -129,9 +132,11 @@ def rows_kernel(
     EIGHTS: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """Groups of consecutive elements anywhere; tile as above, of elements. Codes only where a program's groups, whole ones, fill whole
-    eights: there is one row then, and they are read again, from the cache. total: bytes of all codes. BITS = 0: low and step are fp32,
-    least and greatest, of parts of a larger group."""
+    """Groups of consecutive elements at any place. The tile is that of aligned_kernel, of elements instead of slots.
+
+    Codes are made only where the whole groups of a program fill whole eights; there is one row then, and x is read again, from the cache.
+    total: bytes of all codes. BITS = 0: low and step are fp32, the least and the greatest of parts of a larger group.
+    """
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs).to(tl.int64) * GROUPS  # group of the row
     k = first + tl.arange(0, GROUPS)
@@ -159,7 +164,7 @@ def rows_kernel(
         there = element < end
         x = load8(x_ptr, eight * 8, end, False)
         steps = (tl.reshape(x, [EIGHTS, 8 // SHARE, SHARE]) - own_low) * own_inverse
-        steps = tl.where(there, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # what fills up the last byte has code 0
+        steps = tl.where(there, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # the padding of the last byte has code 0
         codes = _codes(steps, _noise(seed_ptr, row * 0, eight * 8, BITS, 1)[0], BITS)
         _store_codes(codes_ptr, codes, eight, own, BITS, total)
 
@@ -168,7 +173,7 @@ def rows_kernel(
 def finish_kernel(
     least_ptr, greatest_ptr, low_ptr, step_ptr, PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Least and greatest of the PARTS of each group, fp32 [groups, PARTS], to its low and step."""
+    """low and step of each group from the least and the greatest of its PARTS, fp32 [groups, PARTS]."""
     group = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     least = tl.full([BLOCK], float("inf"), tl.float32)
@@ -200,9 +205,12 @@ def maps_kernel(
     ALIGNED: tl.constexpr,
     EIGHTS: tl.constexpr,
 ):
-    """Groups that are channels of x [rows, SIZE, channels]: CHANNELS of one row a program, read twice, the second time from a
-    cache as long as they fit. Codes only where channels are a multiple of eight, ALIGNED. A thread codes EIGHTS eights, one or, where
-    channels are a multiple of sixteen, two. inverse: fp32, scratch memory for what differences are multiplied with."""
+    """Groups that are channels of x [rows, SIZE, channels]; a program has CHANNELS channels of one row.
+
+    x is read twice, the second time from a cache as long as it fits. Codes are made only where channels are a multiple of eight (ALIGNED).
+    A thread encodes EIGHTS eights: one, or two where channels are a multiple of sixteen. inverse: fp32 scratch memory for the factors of
+    differences.
+    """
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs) * CHANNELS
     if ALIGNED:
@@ -215,7 +223,7 @@ def maps_kernel(
     low = tl.full([PIXELS, CHANNELS], float("inf"), tl.float32)
     high = -low
     for p in range(0, SIZE, PIXELS):
-        # Lanes past the last pixel repeat it: nothing to mask in what follows.
+        # Lanes past the last pixel repeat it, so that nothing below needs a mask.
         at = tl.minimum(p + pixel, SIZE - 1).to(tl.int64)[:, None] * channels + channel[None, :]
         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
         low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
@@ -234,7 +242,7 @@ def maps_kernel(
         codes_ptr += start // 8 * BITS
         if ALIGNED and EIGHTS == 2:
             channels = channels // 16 * 16
-        # Slots past the last channel repeat the last slot; they are not stored.
+        # Slots past the last channel repeat the last slot and are not stored.
         channel = tl.minimum((first + tl.arange(0, SLOTS) * SLOT) // SLOT, channels // SLOT - 1) * SLOT
         own = first + tl.arange(0, SLOTS) * SLOT < channels
         low, inverse = (), ()
@@ -256,7 +264,7 @@ def maps_kernel(
 
 @triton.jit
 def _group_of(first, local, LENGTH: tl.constexpr, SIZE: tl.constexpr, PER_ROW: tl.constexpr, CHANNELS: tl.constexpr):
-    """Group of element first + local: int64. local: int32, below 2^30."""
+    """int64 number of the group of element first + local. local: int32, below 2^30."""
     row = first // LENGTH
     at = first - row * LENGTH
     if LENGTH < 2**30:
@@ -285,7 +293,7 @@ def codes_kernel(
     EIGHTS: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """Codes of x in memory order, from finished low and step. SHARE neighbours, of eight, are of one group."""
+    """Codes of x in memory order, from finished low and step. Of eight neighbours, each SHARE are of one group."""
     first = tl.program_id(0).to(tl.int64) * EIGHTS
     local = tl.arange(0, EIGHTS)
     element = (first + local)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -296,7 +304,7 @@ def codes_kernel(
     low = bf16_value(tl.load(low_ptr + group, mask=there, other=0))[:, :, None]
     inverse = _inverse(tl.load(step_ptr + group, mask=there, other=0))[:, :, None]
     steps = (tl.reshape(x, [EIGHTS, 8 // SHARE, SHARE]) - low) * inverse
-    steps = tl.where(element < count, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # what fills up the last byte has code 0
+    steps = tl.where(element < count, tl.reshape(steps, [EIGHTS, 8]), 0.0)  # the padding of the last byte has code 0
     codes = _codes(steps, _noise(seed_ptr, first * 8, local * 8, BITS, 1)[0], BITS)
     _store_codes(codes_ptr, codes, first + local, local >= 0, BITS, total)
 
@@ -318,7 +326,7 @@ def decode_kernel(
     LANES: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """x in memory order, LANES neighbours a thread, 16 bytes; SHARE neighbours of these are of one group."""
+    """x in memory order, LANES neighbours (16 bytes) a thread; each SHARE of them are of one group."""
     first = tl.program_id(0).to(tl.int64) * (SLOTS * LANES)
     local = tl.arange(0, SLOTS) * LANES
     codes = unpack_at(codes_ptr, first + local, total, BITS, LANES, False).to(tl.float32)

@@ -18,7 +18,7 @@ from actpress.kernels.quantize.reference import Code, Format
 
 PART = 8192  # elements of the parts in which larger groups are measured
 
-# Elements that a program holds at a time and the warps that hold them; a group that is larger takes more of both.
+# TILE: elements that a program holds at a time. A larger group takes more elements and more warps.
 CONFIGS: tuple[launch.Config, ...] = (
     {"TILE": 4096, "num_warps": 4},
     {"TILE": 4096, "num_warps": 8},
@@ -56,7 +56,7 @@ _partition = functools.cache(partition)  # not of symbolic sizes
 
 
 def _as_integers(code: Code) -> tuple[Tensor, Tensor]:
-    """low and step as kernels take them."""
+    """low and step as int16, as kernels take them."""
     return code.low.view(torch.int16), code.step.view(torch.int16)
 
 
@@ -91,7 +91,7 @@ def _aligned(
 
 
 def _measure_rows(x: Tensor, low: Tensor, step: Tensor, where: Partition, bits: int, config: launch.Config) -> None:
-    """low and step of groups of whole rows, each in parts."""
+    """low and step of groups that are whole rows, measured in parts."""
     parts = cdiv(where.size, PART)
     bounds = [x.new_empty(where.rows, parts, dtype=torch.float32) for _ in range(2)]
     _run_rows(x, None, None, *bounds, where._replace(size=PART), 0, config)
@@ -178,24 +178,24 @@ def _decoding(
 
 
 def _merged(where: Partition) -> Partition:
-    """Rows of whole groups are one row."""
+    """Rows that consist of whole groups, as one row."""
     return where._replace(rows=1, length=where.rows * where.length) if where.length % where.size == 0 else where
 
 
 def _sharing(where: Partition) -> int:
-    """Of eight elements, counted from the first in memory, how many neighbours are of one group wherever they lie: 1, 2, 4 or 8."""
+    """How many neighbours among eight elements are of one group, wherever the eight lie: 1, 2, 4 or 8."""
     return math.gcd(where.size, where.length, 8) if where.channels == 1 else 1
 
 
 def channels_a_program(where: Partition, itemsize: int) -> int:
-    """So many that all their pixels fit in a cache, but at least a sector of memory and no more than there are."""
+    """Channels of a program: their pixels fit in a cache, they fill at least a sector of memory, and they are no more than exist."""
     fitting = 2**16 // (where.size * itemsize)
     at_most = min(256 // itemsize, max(next_power_of_2(where.channels), 8))
     return max(min(1 << max(fitting, 1).bit_length() - 1, at_most), min(16, at_most))
 
 
 def _over_memory(where: Partition, bits: int, config: launch.Config) -> dict[str, int | bool]:
-    """Options of kernels that run over memory without regard to groups."""
+    """Options of kernels that run over memory in order, whatever the groups."""
     per_row = where.per_row
     if where.channels == 1 and where.length % where.size == 0:
         per_row, where = 1, where._replace(length=where.size)
@@ -204,15 +204,15 @@ def _over_memory(where: Partition, bits: int, config: launch.Config) -> dict[str
 
 
 def _eights(bits: int, *sizes: int) -> int:
-    """Eights that a thread codes: two, which share a draw of noise, where that is of 8 bits and all `sizes` are whole pairs."""
+    """Eights that a thread encodes: two, which share a draw of 8-bit noise, where all `sizes` are multiples of 16; otherwise one."""
     return 2 if noise_bits(bits) == 8 and math.gcd(*sizes) % 16 == 0 else 1
 
 
 def _loads_a_thread(elements: int, config: launch.Config) -> int:
-    """How many loads, of so many elements each, a thread of a kernel for groups of consecutive elements does."""
+    """Loads of `elements` elements each that a thread does in a kernel for groups of consecutive elements."""
     return config["TILE"] // (32 * config["num_warps"] * elements)
 
 
 def _options(config: launch.Config, elements: int = 0) -> dict[str, int | bool]:
-    """Warps, more where a program has more `elements` than TILE; and operations rounded one by one as in the reference."""
+    """num_warps, more where a program has more `elements` than TILE; every operation is rounded, as in the reference."""
     return {"num_warps": config["num_warps"] * max(1, elements // config["TILE"]), "fp_fusion": False}
