@@ -30,6 +30,7 @@ def test_every_method_gets_a_row_beside_stock():
     assert by_name["none"]["peak_bytes"] == by_name[steps.AGAIN]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_prediction_and_measurement_of_saved_bytes_agree():
     for method in ("none", "division"):
         measured = steps.measure(SMALL, method, ROOT / "configs")

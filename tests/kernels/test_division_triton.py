@@ -68,7 +68,7 @@ def assert_same_code(ours, reference):
         assert_same(name, getattr(ours, name), getattr(reference, name))
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
@@ -129,7 +129,7 @@ STRATEGIES = {  # shape, channels_last, block: several tiles a map; parts; means
 }
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("name", "lfc"),
     [*((name, "auto") for name in STRATEGIES), *((name, "always") for name in ("tiles", "parts", "tall blocks"))],
@@ -176,7 +176,7 @@ def test_what_is_not_finite_stays_in_its_map(align, lfc, channels_last, device, 
     assert decoded.isnan().flatten(2).all(2).sum() == decoded.isnan().flatten(2).any(2).sum() == 5
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("lfc", division.LFC)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("bits", [1, 2, 8])
@@ -213,6 +213,7 @@ def test_noise_comes_from_the_seed(device):
     assert not torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[3])
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("config", ENCODE_CONFIGS, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_every_configuration(config, device, dtype):
@@ -227,6 +228,7 @@ def test_tokens(device, dtype):
     assert_same_code(*both(x, (8, 1), 2, "ceil", "always"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
     x = torch.randn(2, 8, 28, 28, device=device).to(dtype)
@@ -240,7 +242,7 @@ def test_means_of_any_values_differ_by_one_step_at_most(device, dtype):
     assert_same("codes of maps with equal means", a, b)
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @every_shape_and_bits
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)

@@ -35,6 +35,7 @@ def noise_of(x):
     return torch.empty_like(x, dtype=torch.float32).set_(noise.untyped_storage(), 0, x.shape, x.stride())
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BACKENDS)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -29,6 +29,7 @@ def squared_error(function, borders, levels):
     return sum(quad(lambda x, q=q: float(slope(x, function) - q) ** 2, a, b, limit=200)[0] for a, b, q in pieces)
 
 
+@pytest.mark.slow
 def test_the_tables_are_what_the_script_generates():
     command = [sys.executable, ROOT / "scripts/dev/fit_few_bit.py", "--check"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -201,7 +201,7 @@ def test_public_functions_are_the_reference_on_a_cpu(source):
     assert torch.equal(quantize.decode(code, x.shape, x.dtype, False, format), decoded)
 
 
-@pytest.mark.quick(1, "channel")
+@pytest.mark.slow
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_public_functions_compile_to_one_graph(grouping):
     """The same values up to the order in which the compiler rounds: a step of the code at most."""

@@ -71,6 +71,7 @@ def applied(stock, method):
     return ours
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("width", [5, 64, 768])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,6 +90,7 @@ def test_a_small_token_beside_large_ones_keeps_its_gradient(norm, dtype, width, 
         assert_size_and_direction(exact, got, cosine=0.98)  # 4 bits at least
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("evaluation", [False, True], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -109,6 +109,7 @@ def first_order(net, x, wanted="input"):
     return sum((g**3).sum() for g in gradients), {"x": leaf, "dy": dy, **parameters}
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("layer,method", pairs(EXACT))
 def test_the_penalty_of_an_exact_input_gradient_has_the_gradients_of_stock(layer, method):
     stock, ours, x = network(layer, method)

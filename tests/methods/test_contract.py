@@ -86,6 +86,7 @@ def grads(net, x, y):
     return {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("n", [1, 3], ids=["batch 1", "batch 3"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -342,7 +343,7 @@ def test_works_inside_a_checkpoint(pair):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
-@pytest.mark.quick(4, "inverted_decoder", "pruning", "pooling", "none")
+@pytest.mark.quick(3, "inverted_decoder", "pruning", "pooling")
 def test_compiles_in_one_graph(pair):
     torch.compiler.reset()  # more methods than Dynamo would compile one function for
     x, y = batch()
@@ -389,6 +390,7 @@ LAYOUTS = {
 READERS = {"conv": nn.Conv2d(6, 8, 3, padding=1), "batch norm": nn.BatchNorm2d(6), "linear": nn.Linear(18, 5)}
 
 
+@pytest.mark.quick(66)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "method,layer",

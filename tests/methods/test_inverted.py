@@ -260,6 +260,7 @@ def test_bits_of_few_bit(bits):
         FewBit(bits)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("precision,saving", [("fp32", 23.8), ("bf16", 23.0)])
 def test_vit_saves_what_was_predicted(precision, saving):
     """ViT-B/16 with SDPA attention, weights and activations in one precision: percent of all saved bytes, within .3 points."""

@@ -69,6 +69,7 @@ def test_saved_bytes_follow_the_formula(block, reduce):
     assert measure.saved_bytes(lambda: net(x).sum()) == 2 * (3 + 8) * blocks * 4 + mask
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "name,k2,k4", [("resnet18", 0.431, 0.495), ("resnet34", 0.408, 0.480), ("resnet50", 0.355, 0.434)]
 )

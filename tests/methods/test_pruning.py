@@ -215,7 +215,7 @@ BYTE_MODEL = {  # batch -> reduction in percent at each sparsity, computed from 
 }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", BYTE_MODEL)
 def test_resmlp_saves_what_the_byte_model_says(batch):
     """ResMLP-S12, 8x8 blocks: activations + 4 x parameters + input, within one point, and as the table states it."""
@@ -252,6 +252,7 @@ def test_a_reduction_needs_a_known_metric(tmp_path):
         spec.load(tmp_path, "bad")
 
 
+@pytest.mark.slow
 def test_accuracy_rows_compose():
     for row in spec.load(CONFIGS / "tables", "pruning_accuracy").rows:
         cfg = cli.compose([*row.overrides], CONFIGS)

@@ -89,6 +89,7 @@ def feature(memory_format=torch.contiguous_format):
     return torch.randn(2, 6, 17, 19).to(memory_format=memory_format).requires_grad_()
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -177,7 +177,7 @@ def test_an_output_changed_in_place(layer, method, change):
 WITHOUT_NOISE = (Quantize(rounding="nearest"), FewBit())
 
 
-@pytest.mark.quick(4, "linear-Quantize", "relu-Quantize", "batch norm 2d-Quantize", "gelu-FewBit")
+@pytest.mark.quick(2, "linear-Quantize", "gelu-FewBit")
 @pytest.mark.parametrize(
     "layer,method",
     [
@@ -567,7 +567,7 @@ DYNAMO_2_11 = pytest.mark.xfail(
 )
 
 
-@pytest.mark.quick(1, "inverted")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -110,7 +110,7 @@ def crashing(x, config):
     raise TypeError("a bug\nover two lines")
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("kernel", "status"),
     [
@@ -159,7 +159,7 @@ def test_tolerance_is_that_of_the_case(bench):
     assert code == 1 and "relative error 1.00e-03, allowed 1e-04" in only(rows, what="kernel")["status"]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("part", ["kernel", "make", "reference", "stock"])
 def test_out_of_memory_costs_one_case(bench, part):
     fails = {
@@ -173,6 +173,7 @@ def test_out_of_memory_costs_one_case(bench, part):
     assert only(rows, case="small", what="kernel")["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on(bench, monkeypatch, capsys):
     calls = []
 

@@ -158,6 +158,7 @@ def folder_of_images(root, shade: int):
 FOLDER = ("data=cifar10", "data.source=folder", "data.num_classes=2", "data.train_size=16", "data.test_size=8")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "unfinished"])
 def test_a_run_on_a_folder_is_not_taken_for_one_on_another(tmp_path, complete):
     """The same names and counts: the images alone differ."""
@@ -352,6 +353,7 @@ def saved_again(**changes):
     return change
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

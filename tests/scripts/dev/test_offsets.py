@@ -153,6 +153,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kernel", RIGHT)
 def test_right_kernels_pass(found, kernel):
     assert found[kernel] == []

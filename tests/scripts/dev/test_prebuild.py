@@ -82,6 +82,7 @@ for x in (whole, whole[1:], whole[4:]):
 """
 
 
+@pytest.mark.slow
 def test_argument_types_are_those_of_real_tensors():
     """The address of a view is as divisible by 16 as its offset."""
     found = subprocess.run([sys.executable, "-c", SPECIALISED], cwd=ROOT, capture_output=True, text=True)
