@@ -34,9 +34,10 @@ import torch
 import triton
 from triton.testing import do_bench
 
-import kernel_report
+from actpress.bench import kernel_rows
 from actpress.kernels.common import launch
 from actpress.kernels.proof import registry, verify
+from actpress.report import kernels
 from actpress.train import arguments, command, files, provenance
 from actpress.train.errors import InputError
 
@@ -148,12 +149,12 @@ def copy_of(count: int, device: str) -> Callable[[], object]:
     return lambda: y.copy_(x)
 
 
-def measure(case: launch.Case, dtype: torch.dtype, device: str, options: Options) -> list[kernel_report.Row]:
+def measure(case: launch.Case, dtype: torch.dtype, device: str, options: Options) -> list[kernel_rows.Row]:
     """The rows of one case in one dtype. What fails, or does not fit in memory, costs its own row alone."""
     about: dict[str, object] = {"case": case.name, "dtype": registry.name_of(dtype)}
     default = {"what": "kernel", "config": registry.describe(case, case.configs[0])}
     if reason := left_out(case, dtype, device):
-        return [kernel_report.row(**about, **default, status=f"skipped: {reason}")]
+        return [kernel_rows.row(**about, **default, status=f"skipped: {reason}")]
     torch.seed()
     try:
         inputs = (case.make if device == "cuda" else case.tiny)(dtype, device)
@@ -161,12 +162,12 @@ def measure(case: launch.Case, dtype: torch.dtype, device: str, options: Options
         about |= {"flops": case.flops(*inputs)} if case.flops else {}
         expected = verify.outcome(case.reference, inputs)
     except Exception as error:  # whatever it is, it must not cost the other cases their time on the device
-        return [kernel_report.row(**about, **default, status=status_of(error))]
+        return [kernel_rows.row(**about, **default, status=status_of(error))]
     rows = []
     for what, config, prepare in contestants(case, inputs, expected, device, options):
         status, ms = attempt(prepare, device)
-        rows.append(kernel_report.row(ms, **about, what=what, config=config, status=status))
-    return kernel_report.compared(rows)
+        rows.append(kernel_rows.row(ms, **about, what=what, config=config, status=status))
+    return kernel_rows.compared(rows)
 
 
 def left_out(case: launch.Case, dtype: torch.dtype, device: str) -> str | None:
@@ -201,7 +202,7 @@ def ready(function: Callable, inputs: tuple, **options: object) -> Callable[[], 
 def attempt(prepare: Callable | None, device: str) -> tuple[str, list[float]]:
     """(status, times in ms)."""
     if prepare is None:
-        return kernel_report.NO_COUNTERPART, []
+        return kernel_rows.NO_COUNTERPART, []
     try:
         return "ok", timings(prepare(), device)
     except Red as error:
@@ -245,13 +246,13 @@ def main(given: list[str]) -> int:
         rows = measure(*chosen[unit], device, options)
         table.replace(unit, rows)
         left.remove(unit)
-        print("\n".join(map(kernel_report.line, rows)), flush=True)
+        print("\n".join(map(kernel_rows.line, rows)), flush=True)
         if not freed(device):
             break
     if table.rows:
-        kernel_report.render(table.path)
+        kernels.render(table.path)
     wrong = [row for unit, rows in table.units().items() if unit in chosen for row in rows if is_wrong(row)]
-    print("".join(f"NOT RIGHT: {kernel_report.line(row)}\n" for row in wrong), end="")
+    print("".join(f"NOT RIGHT: {kernel_rows.line(row)}\n" for row in wrong), end="")
     print(f"{table.path}: {f'{len(left)} of {len(chosen)} left; the same command goes on' if left else 'complete'}")
     return int(bool(wrong))
 
@@ -263,23 +264,23 @@ class Table:
         self.here = here
         self.path = folder / f"{files.slug(here['device'])}.csv"
         self.cases = {name: i for i, name in enumerate(registry.all_cases())}
-        self.rows = [row for row in kernel_report.read(self.path) if row["case"] in self.cases]
+        self.rows = [row for row in kernel_rows.read(self.path) if row["case"] in self.cases]
 
-    def units(self) -> dict[tuple[str, str], list[kernel_report.Row]]:
+    def units(self) -> dict[tuple[str, str], list[kernel_rows.Row]]:
         """Rows by case and dtype, of this device, these versions and these sources."""
-        found: dict[tuple[str, str], list[kernel_report.Row]] = {}
+        found: dict[tuple[str, str], list[kernel_rows.Row]] = {}
         for row in self.rows:
             if all(row[key] == self.here[key] for key in SAME):
                 found.setdefault((row["case"], row["dtype"]), []).append(row)
         return found
 
-    def replace(self, unit: tuple[str, str], rows: list[kernel_report.Row]) -> None:
+    def replace(self, unit: tuple[str, str], rows: list[kernel_rows.Row]) -> None:
         """Put freshly measured rows in the place of the unit's old ones, if any."""
         others = [row for row in self.rows if (row["case"], row["dtype"]) != unit]
         date = datetime.now(UTC).isoformat(timespec="seconds")
         self.rows = [*others, *({**row, **self.here, "date": date} for row in rows)]
         self.rows.sort(key=lambda row: (self.cases[row["case"]], row["dtype"]))
-        kernel_report.write(self.path, self.rows)
+        kernel_rows.write(self.path, self.rows)
 
 
 def within(budget: float, units: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -293,7 +294,7 @@ def within(budget: float, units: list[tuple[str, str]]) -> Iterator[tuple[str, s
         longest = max(longest, time.monotonic() - start)
 
 
-def is_wrong(row: kernel_report.Row) -> bool:
+def is_wrong(row: kernel_rows.Row) -> bool:
     return row["what"] == "kernel" and row["status"].startswith(("red", "failed"))
 
 

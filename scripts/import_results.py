@@ -16,8 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import kernel_report
-from actpress.report import battery as battery_page
+from actpress.report import battery, kernels
 from actpress.train import arguments, command
 from actpress.train.files import slug, write_text
 from actpress.train.run import bad_input
@@ -52,8 +51,8 @@ def main(given: list[str]) -> int:
     for path, text in files.items():
         write_text(path, text)
     for path in folder.glob("*.csv"):
-        kernel_report.render(path)
-    write_text(folder.with_suffix(".md"), battery_page.render(folder))
+        kernels.render(path)
+    write_text(folder.with_suffix(".md"), battery.render(folder))
     print(f"{len(files)} files; the page is {folder}.md", flush=True)
     subprocess.run(["git", "-C", str(results), "status", "--short", "."], stderr=subprocess.DEVNULL, check=False)
     return 0

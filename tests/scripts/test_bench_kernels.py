@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench_kernels
-import kernel_report
+from actpress.bench import kernel_rows
 from actpress.kernels.common import launch
 from actpress.kernels.masks.cases import cases as mask_cases
 from actpress.kernels.proof import registry, verify
@@ -51,7 +51,7 @@ def bench(tmp_path, monkeypatch):
     def run(*cases, options=()):
         monkeypatch.setattr(registry, "all_cases", lambda: {case.name: case for case in cases})
         code = bench_kernels.main(["profile=tiny", f"out={tmp_path}", *options])
-        return code, kernel_report.read(tmp_path / "triton-interpreter-cpu.csv")
+        return code, kernel_rows.read(tmp_path / "triton-interpreter-cpu.csv")
 
     return run
 
@@ -263,10 +263,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = kernel_report.read(tmp_path / "triton-interpreter-cpu.csv")
+    rows = kernel_rows.read(tmp_path / "triton-interpreter-cpu.csv")
     assert {row["what"]: row["status"] for row in rows} == dict.fromkeys(
         ("copy", "kernel", "reference", "compiled"), "ok"
-    ) | {"stock": kernel_report.NO_COUNTERPART}
+    ) | {"stock": kernel_rows.NO_COUNTERPART}
     assert bench_kernels.FOLDERS["tiny"] == ROOT / "outputs" / "kernels"
     if not torch.cuda.is_available():
         done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
@@ -274,63 +274,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             2,
             "error: profile=full needs a CUDA device; profile=tiny runs without one\n",
         )
-
-
-def invented(case, dtype, what, config="", ms=(1.0, 1.1, 1.2), status="ok", flops=""):
-    """A row with numbers that were not measured, for the page and the plot alone."""
-    values = {"case": case, "dtype": dtype, "what": what, "config": config, "status": status, "flops": flops}
-    where = {"device": "Invented GPU", "torch": "0", "triton": "0", "commit": "0", "date": "2000-01-01"}
-    return kernel_report.row(ms, floor_bytes=2**30, moved_bytes=2**30, **values, **where)
-
-
-@pytest.fixture
-def rows():
-    """An encoder at .9 and .8 of copy bandwidth, a faster second configuration; a product 2.5 times faster than stock; one that is red."""
-    found = []
-    for dtype, ms in (("float32", 1.0), ("bfloat16", 1.125)):
-        found += kernel_report.compared(
-            [
-                invented("encode", dtype, "copy", ms=(0.9, 0.9, 0.9)),
-                invented("encode", dtype, "kernel", "default A=1", ms=(ms, ms, ms)),
-                invented("encode", dtype, "kernel", "A=2", ms=(0.95, 0.95, 0.95)),
-            ]
-        )
-    found += kernel_report.compared(
-        [
-            invented("product", "float32", "copy", ms=(0.1,), flops=10**12),
-            invented("product", "float32", "kernel", "default B=1", ms=(2.0,), flops=10**12),
-            invented("product", "float32", "stock", ms=(5.0,), flops=10**12),
-        ]
-    )
-    return [*found, invented("broken", "float32", "kernel", "default", ms=(), status="red: tensor 0: all | differ")]
-
-
-def test_page(rows):
-    page = kernel_report.page(rows)
-    assert page.startswith("# Kernels: Invented GPU\n") and "interpreter" not in page
-    moving, products = page.split("## Matrix products")
-    assert "| encode | float32 | 3 | 1 (1 to 1) | 1e+03 | 0.9 | 1.00 |" in moving.replace("1000", "1e+03")
-    assert "At 85% of copy bandwidth or better: 1 of 2." in moving
-    assert "| product | float32 | 1 | 2 (2 to 2) | 500 | 2.5 | 5 (5 to 5) |" in products
-    assert "- encode bfloat16: A=2, 0.95 (0.95 to 0.95) instead of 1.12 (1.12 to 1.12)" in page
-    assert "| broken | float32 | kernel default | red: tensor 0: all / differ |" in page
-    assert "Measured on 2000-01-01: Invented GPU, torch 0, triton 0, commit 0." in page
-
-
-def test_plot(rows, tmp_path):
-    left, right = kernel_report.figure(rows).axes
-    assert [bar.get_width() for bar in left.patches] == [0.8, 0.9], "the first case on top"
-    assert [label.get_text() for label in left.get_yticklabels()] == ["encode, bfloat16", "encode, float32"]
-    assert [bar.get_width() for bar in right.patches] == [2.5]
-    goals = [[line.get_xdata()[0] for line in axes.lines] for axes in (left, right)]
-    assert goals == [[0.85], [2, 3]]
-
-
-def test_page_and_plot_of_nothing(tmp_path):
-    path = tmp_path / "empty.csv"
-    kernel_report.write(path, [])
-    kernel_report.render(path)
-    assert path.with_suffix(".png").stat().st_size > 0 and "nothing measured" in path.with_suffix(".md").read_text()
 
 
 def test_slug():
@@ -341,8 +284,8 @@ def test_slug():
 def test_on_a_device(tmp_path):
     code = bench_kernels.main(["cases=relu", "dtypes=bfloat16", f"out={tmp_path}"])
     (path,) = tmp_path.glob("*.csv")
-    rows = kernel_report.read(path)
-    assert code == 0 and {row["status"] for row in rows} <= {"ok", kernel_report.NO_COUNTERPART}
+    rows = kernel_rows.read(path)
+    assert code == 0 and {row["status"] for row in rows} <= {"ok", kernel_rows.NO_COUNTERPART}
     assert path.stem == files.slug(torch.cuda.get_device_name())
     for row in rows:
         if row["status"] == "ok" and row["what"] == "kernel":
