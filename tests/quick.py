@@ -17,10 +17,12 @@ import pytest
 
 
 def mark_slow(items: Sequence[pytest.Item]) -> None:
-    """Mark slow what `quick` does not choose."""
+    """Mark slow what `quick` does not choose. Parameter sets that the command line names (test.py::test_name[id]) stay as they are."""
     functions = defaultdict(list)
+    named = {argument.rpartition("::")[2] for argument in items[0].config.args} if items else set()
     for item in items:
-        if item.get_closest_marker("quick") and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+        excluded = item.name in named or any(map(item.get_closest_marker, ("slow", "gpu")))
+        if item.get_closest_marker("quick") and not excluded:
             functions[item.nodeid.partition("[")[0]].append(item)
     for found in functions.values():
         chosen = set(_chosen(found, *(marker := found[0].get_closest_marker("quick")).args, **marker.kwargs))
@@ -32,12 +34,16 @@ def mark_slow(items: Sequence[pytest.Item]) -> None:
 def _chosen(
     items: Sequence[pytest.Item], n: int, *patterns: str, per: Callable[..., Any] | None = None
 ) -> list[pytest.Item]:
+    matched = {
+        pattern: {item for item in items if fnmatchcase(item.callspec.id, pattern)} for pattern in patterns or "*"
+    }
+    for pattern in patterns:
+        if not matched[pattern]:
+            raise pytest.UsageError(f"{items[0].nodeid}: quick: no parameter set matches {pattern}")
     groups = defaultdict(list)
     for item in items:
-        if not patterns or any(fnmatchcase(item.callspec.id, pattern) for pattern in patterns):
+        if any(item in found for found in matched.values()):
             groups[per and per(**item.callspec.params)].append(item)
-    if not groups:
-        raise pytest.UsageError(f"{items[0].nodeid}: quick: no parameter set matches {' or '.join(patterns)}")
     return [group[i] for group in groups.values() for i in spread([_values(item) for item in group], n)]
 
 

@@ -63,3 +63,15 @@ def test_what_is_not_chosen_is_slow(pytester):
     found = {item.name for item in result.getcall("pytest_collection_finish").session.items}
     expected = {"counted": "05", "matched": "3", "grouped": "01", "all": "012345", "marked": "2"}
     assert found == {f"test_{name}[{value}]" for name, values in expected.items() for value in values}
+    (file,) = pytester.path.glob("test_*.py")
+    pytester.inline_run(f"{file.name}::test_matched[0]", "-m", "not slow").assertoutcome(passed=1)
+
+
+def test_a_pattern_that_matches_nothing_is_named(pytester):
+    pytester.makeini("[pytest]\nmarkers =\n  quick\n")
+    pytester.makeconftest("from quick import mark_slow\ndef pytest_collection_modifyitems(items): mark_slow(items)")
+    pytester.makepyfile(
+        "import pytest\n@pytest.mark.quick(1, 'b*')\n@pytest.mark.parametrize('a', ['c', 'd'])\ndef test(a): pass"
+    )
+    result = pytester.runpytest_inprocess()
+    result.stderr.fnmatch_lines(["*::test?c?: quick: no parameter set matches b*"])
