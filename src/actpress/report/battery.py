@@ -1,7 +1,7 @@
-"""The page of one battery, results/battery/<device>-<time>.md, from what its units wrote; and of the newest a table for README.md.
+"""The page of a GPU battery, results/battery/<device>-<time>.md, and the table of README.md that shows the newest one.
 
-Ratios are taken within a session: one process on one device. Saved bytes stand beside what fake tensors predict of the same setting,
-results/battery/predicted/*.json, which bench_training.py writes without a device.
+Speeds are compared within a session only: one process on one device. Saved bytes stand beside those predicted with fake tensors for the
+same setting, results/battery/predicted/*.json, which bench_training.py writes without a device.
 """
 
 import re
@@ -22,7 +22,7 @@ Parts = Mapping[str, dict[str, Any]]
 
 
 def render(folder: Path) -> str:
-    """The page of what lies in the folder, beside others of its kind."""
+    """The page of a battery whose files are in `folder`, a folder of results/battery."""
     parts = _parts(folder)
     predicted = [record.read(path) for path in sorted((folder.parent / "predicted").glob("*.json"))]
     runs = [record.read(path, record.RUN) for path in sorted((folder.parent.parent / "runs").glob("*.json"))]
@@ -30,7 +30,7 @@ def render(folder: Path) -> str:
 
 
 def in_readme(readme: str, battery: Path) -> str:
-    """README.md with what training steps took on the GPU that was measured last."""
+    """README.md with the training steps of the GPU that was measured last. battery: results/battery."""
     found = [(page.parent, _parts(page.parent)) for page in battery.glob("*/identity.json")]
     gpus = [(parts["identity"]["environment"], folder, parts) for folder, parts in found]
     gpus = sorted((gpu for gpu in gpus if gpu[0]["device_type"] == "cuda"), key=lambda gpu: gpu[0]["date"])
@@ -66,7 +66,7 @@ def _head(parts: Parts) -> Iterator[str]:
 
 
 def _steps(parts: Parts, predicted: list[dict[str, Any]]) -> pd.DataFrame:
-    """A line for each row of a session; of a search for the largest batch only the edge, and no times, since probes take few steps."""
+    """A line for each row of a session. Of a search for the largest batch only the edge, without times: its steps are too few for those."""
     rows = [(part["setting"], row) for part in predicted for session in part["sessions"] for row in session["rows"]]
     saved = {_key(setting, row): row.get("predicted_bytes") for setting, row in rows}
     lines = []

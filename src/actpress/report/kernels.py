@@ -60,12 +60,12 @@ def page(rows: list[Row]) -> str:
 
 
 def defaults(rows: list[Row]) -> list[Row]:
-    """Kernels that were timed in their default configuration."""
+    """Rows of kernels in their default configuration."""
     return [r for r in rows if r["what"] == "kernel" and r["config"].startswith("default") and r["status"] == "ok"]
 
 
 def sibling(row: Row, rows: list[Row], what: str) -> Row | None:
-    """What else was timed for the same case and dtype."""
+    """The row of `what` for the same case and dtype."""
     return next(
         (r for r in rows if (r["case"], r["dtype"], r["what"], r["status"]) == (row["case"], row["dtype"], what, "ok")),
         None,
@@ -79,7 +79,7 @@ def milliseconds(row: Row | None) -> str:
 
 
 def table(chosen: list[Row], rows: list[Row], *columns: tuple[str, str]) -> list[str]:
-    """Lines of a Markdown table of default kernels with the given columns, then what else was timed."""
+    """Lines of a Markdown table: the chosen kernels with the given columns, then times of stock, compiled and reference."""
     others = ("stock", "compiled", "reference")
     head = ["case", "dtype", "n", "kernel", *(title for title, _ in columns), *others]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -92,7 +92,7 @@ def table(chosen: list[Row], rows: list[Row], *columns: tuple[str, str]) -> list
 
 
 def beaten(default: Row, rows: list[Row]) -> str | None:
-    """The fastest configuration, if it is not the default by more than their spreads."""
+    """The fastest configuration, if it is faster than the default by more than their spreads."""
     same = [
         r
         for r in rows
@@ -107,7 +107,7 @@ def beaten(default: Row, rows: list[Row]) -> str | None:
 
 
 def figure(rows: list[Row]) -> Figure:
-    """Left: share of copy bandwidth of what moves bytes, with the goal. Right: matrix products, times stock."""
+    """Left: fraction of copy bandwidth of what only moves bytes. Right: speedup of matrix products over stock. Lines are goals."""
     chosen = defaults(rows)
     panels = (
         ("fraction of copy bandwidth", "fraction_of_copy", [r for r in chosen if not r["flops"]], (GOAL,)),

@@ -1,11 +1,11 @@
-"""Public networks at small inputs, and what `actpress.check` measures on each under a method: the table `networks`.
+"""The table `networks`: actpress.check of a method on public networks at small inputs.
 
-Weights are drawn at random, nothing is downloaded. Images are crops of the two photographs that come with scikit-learn, targets are drawn:
-what is measured is bytes, gradients against exact ones, and time, none of which needs a network that knows anything. But it needs images
-that are smooth as images are: white noise is the hardest case for what keeps means of blocks.
+Nothing is downloaded: weights and targets are random, and images are crops of the two photographs that scikit-learn contains. Saved bytes,
+gradients and times do not depend on what a network has learned. They do depend on images being smooth: white noise is the hardest input
+for a codec that keeps means of blocks.
 
-Weights "trained" are those of AdamW on the batch itself once the loss has halved: activations and gradients have left the initial
-distribution by then, and the gradient is not yet noise.
+Weights "trained" come from AdamW on the batch itself, stopped once the loss has halved. Activations and gradients then no longer have
+their initial distribution, and the gradient is not yet noise.
 
 NETWORKS: name -> Network. Shapes of a batch: images_NCHW float32, clips_NCTHW float32, ids_NL int64, targets_N int64.
 """
@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
@@ -25,19 +24,19 @@ from torch import Tensor, nn
 
 from actpress import swap
 from actpress.measure.check import LARGEST_SIZE, LEAST_COSINE, Check, check
+from actpress.tables.kind import CONFIGS
 from actpress.train import cli
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CLASSES, TOKENS, VOCABULARY = 10, 64, 100
-STEPS, LEARNING_RATE = 100, 1e-4  # of weights "trained": at most
+STEPS, LEARNING_RATE = 100, 1e-4  # for weights "trained": at most so many steps
 WEIGHTS = ("initial", "trained")
-# Keys of a row of the table; others are options of its method.
+# Keys of a row of the table; all others are options of its method.
 KEYS = {"network", "method", "draws", "steps", "seed", "weights"}
 NOTHING = "matches nothing"
 
 
 class Network(NamedTuple):
-    """build: makes the model. batch: of a torch.Generator makes (inputs, targets), or the keywords of a model that has a loss."""
+    """build() returns the model. batch(generator) returns (inputs, targets), or keyword arguments for a model that returns its loss."""
 
     library: str
     build: Callable[[], nn.Module]
@@ -45,18 +44,18 @@ class Network(NamedTuple):
 
 
 def measure(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of one row of the table, by its metrics' names. Without a number: "matches nothing", "", "nan" or "inf".
+    """One row of the table: metric -> number. A word where there is no number: "matches nothing", "", "nan" or "inf".
 
-    row: network, of NETWORKS; method, of configs/method; draws, steps, as `check` has them; seed, of weights and inputs; weights, of
-    WEIGHTS, "initial" by default; whatever else it has is an option of the method. Raises ValueError for a name or option that is none,
-    and what `check` raises.
+    row: network, a key of NETWORKS; method, a name of configs/method; draws and steps, see `check`; seed, of weights and inputs; weights,
+    one of WEIGHTS, by default "initial"; all other keys are options of the method. Raises ValueError for an unknown name or option, and
+    what `check` raises.
     """
     options = [f"method.{name}={row[name]}" for name in row.keys() - KEYS]
     model, batch = made(row["network"], row["seed"], row.get("weights", WEIGHTS[0]))
     method = hydra.utils.instantiate(cli.compose([f"method={row['method']}", *options], CONFIGS).method)
     torch.manual_seed(row["seed"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of apply and check: the note says the same
+        warnings.simplefilter("ignore", UserWarning)  # apply and check warn of what the note says
         try:
             found = check(model, method, batch, draws=row["draws"], steps=row["steps"])
         except swap.NothingMatches:
@@ -67,7 +66,7 @@ def measure(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note(found: Check, method: swap.Method) -> str:
-    """What `apply` and `check` warn of, in words; "" for nothing."""
+    """What `apply` and `check` would warn of, in words; "" if nothing."""
     words = []
     if not math.isfinite(found.cosine) or not math.isfinite(found.norm_ratio):
         words.append("gradient not finite")
@@ -85,9 +84,9 @@ def note(found: Check, method: swap.Method) -> str:
 
 @lru_cache(maxsize=1)
 def made(name: str, seed: int, weights: str) -> tuple[nn.Module, Any]:
-    """(model, batch) of a network, the same for the same arguments; kept for the next call, since `check` works on copies.
+    """(model, batch) of a network; equal arguments give equal ones. The last pair is cached, which is safe because `check` copies it.
 
-    Raises ValueError for a name or weights that are none, ImportError without the network's library.
+    Raises ValueError for an unknown name or unknown weights, ImportError if the network's library is missing.
     """
     for what, value, allowed in (("network", name, NETWORKS), ("weights", weights, WEIGHTS)):
         if value not in allowed:
@@ -102,7 +101,7 @@ def made(name: str, seed: int, weights: str) -> tuple[nn.Module, Any]:
 
 
 def _train(model: nn.Module, batch: Any) -> None:
-    """Until the loss is half of what it was, for STEPS steps at most."""
+    """Train until the loss has halved, for STEPS steps at most."""
     optimizer, first = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), None
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
@@ -116,7 +115,7 @@ def _train(model: nn.Module, batch: Any) -> None:
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy of (inputs, targets), else the model's own loss or the sum of its losses; a scalar."""
+    """Cross-entropy for a batch (inputs, targets), otherwise the model's own loss or the sum of its losses; a scalar."""
     if isinstance(batch, tuple):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
     output = model(**batch)

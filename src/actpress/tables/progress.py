@@ -1,4 +1,4 @@
-"""What a long command says while it works: the item it is at, the time so far, how many items are left and about how long they take."""
+"""Progress of a long command: the current item, the time so far, how many items are left and about how long they will take."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,11 +7,12 @@ from typing import Any
 
 
 class Progress:
-    """Announces each item of `todo` before it is done and says what is left after it.
+    """Prints each item of `todo` when it begins, and what is left when it ends.
 
-    name: an item in words. kind: what an item is like, from the general to the particular: an item is expected to take as long as the
-    finished ones of its kind, else as `known` says, the seconds that it took elsewhere, None where nobody knows, else as long as the
-    finished ones of which the first parts of the kind are equal."""
+    name: an item in words. kind: words that describe an item, from the general to the particular. known: seconds that an item took
+    elsewhere, None if unknown. The time that an item will take is estimated as the mean of finished items of the same kind; without any as
+    `known`; without that as the mean of finished items whose kind begins alike.
+    """
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class Progress:
 
     @contextmanager
     def item(self, item: Any, prints: bool = False) -> Iterator[list[str]]:
-        """Around the work on an item; what the block adds to the list is printed as its outcome. prints: the work itself prints lines."""
+        """The block does the work on an item; what it appends to the list is printed as outcome. prints: the work prints lines itself."""
         head = f"  {len(self.todo) - len(self._left) + 1}/{len(self.todo)} {self._name(item)}"
         start, said = self._now(), []
         print(f"{head} ... ({self.state()})\n" if prints else f"{head} ... ", end="", flush=True)
@@ -47,7 +48,7 @@ class Progress:
         print(f"{f'{head}: ' if prints else ''}{''.join(said)} ({self.state()})", flush=True)
 
     def state(self) -> str:
-        """Time so far and what is left."""
+        """Time so far, number of items left and their estimated time."""
         if not self._left:
             return f"{clock(self.elapsed)} so far"
         expected = [self._expected(item) for item in self._left]
@@ -65,7 +66,7 @@ class Progress:
         return took and sum(took) / len(took)
 
     def _parts(self, item: Any) -> list[Sequence]:
-        """The item's kind, then ever shorter beginnings of it."""
+        """The item's kind, then its beginnings, each one word shorter."""
         kind = self._kind(item)
         return [kind[:length] for length in range(len(kind), 0, -1)]
 
