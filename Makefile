@@ -37,10 +37,11 @@ STAMP := $(VENV)/.actpress-installed
 PYTEST := $(RUN) -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-# $(call switch,DRY,dry=true): the override where DRY is on. $(call quoted,TEXT): TEXT as one word of the shell, whatever is in it.
+# $(call switch,DRY,TEXT): TEXT where DRY is on. $(call quoted,TEXT): TEXT as one word of the shell, whatever is in it.
 switch = $(if $(filter-out 1 true yes 0 false no,$($(1))),$(error $(1)=$($(1)), allowed: 1, true, yes, 0, false, no))$(if $(filter 1 true yes,$($(1))),$(2))
 quoted = '$(subst ','\'',$(1))'
 DRY_OVERRIDE := $(call switch,DRY,dry=true)
+DRY_OPTION := $(call switch,DRY,--dry)
 PUBLISH_OVERRIDE := $(call switch,PUBLISH,publish=true)
 
 .DEFAULT_GOAL := help
@@ -125,11 +126,11 @@ audit: $(STAMP) ## show what each layer keeps for backward: MODEL=resnet50 METHO
 compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 	$(RUN) scripts/dev/compile_kernels.py $(ARGS)
 
-bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="cases=relu profile=tiny"
+bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="--cases relu --profile tiny"
 	$(RUN) scripts/bench_kernels.py $(ARGS)
 
 gpu-battery: $(STAMP) ## all that needs a GPU, SECONDS=540 of it; again to go on: DRY=1, OUT=DIR
-	$(RUN) scripts/gpu_battery.py $(call quoted,seconds=$(SECONDS)) $(call quoted,profile=$(PROFILE)) $(if $(OUT),$(call quoted,out=$(OUT))) $(DRY_OVERRIDE) $(ARGS)
+	$(RUN) scripts/gpu_battery.py --seconds $(call quoted,$(SECONDS)) --profile $(call quoted,$(PROFILE)) $(if $(OUT),--out $(call quoted,$(OUT))) $(DRY_OPTION) $(ARGS)
 
 import-results: $(STAMP) ## add the archive of a battery to results/: FILE=lease.tar.gz
 	$(RUN) scripts/import_results.py $(if $(FILE),$(call quoted,$(FILE))) $(ARGS)

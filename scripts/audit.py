@@ -18,12 +18,11 @@ from actpress.train import cli, command, config
 from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULTS = {"batch": "64", "top": "0", "precision": "fp32", "method": "none"}  # of keys that are no overrides
 
 
 def main(arguments: list[str]) -> None:
-    options = {"batch": "64", "top": "0", "precision": "fp32", "method": "none"}
-    overrides = ["data=imagenet"]
+    options, overrides = dict(DEFAULTS), ["data=imagenet"]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key in options and equals:
@@ -31,9 +30,11 @@ def main(arguments: list[str]) -> None:
         else:
             overrides.append(argument)
     with bad_input():
-        batch, top = natural("batch", options["batch"], 1), natural("top", options["top"], 0)
-        if options["precision"] not in DTYPES:
-            raise ValueError(f"precision={options['precision']} is unknown; choose one of {', '.join(DTYPES)}")
+        batch, top = (command.whole_number(key, options[key], least) for key, least in (("batch", 1), ("top", 0)))
+        if options["precision"] not in config.PRECISIONS:
+            raise ValueError(
+                f"precision={options['precision']} is unknown; choose one of {', '.join(config.PRECISIONS)}"
+            )
         names = options["method"].strip("[]").split(",")
         configs = [cli.compose([*overrides, f"method={name.strip()}"], CONFIGS) for name in names]
         for cfg in configs:
@@ -45,17 +46,11 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"model={configs[0].model.name} does not read images; choose an image classifier")
         size = configs[0].data.image_size
         methods = [method for method in methods if method.changes_model]
-        result = actpress.audit(model, (batch, 3, size, size), DTYPES[options["precision"]], methods)
+        result = actpress.audit(model, (batch, 3, size, size), config.PRECISIONS[options["precision"]], methods)
     print(
         f"{configs[0].model.name}, batch {batch}, {size}x{size}, {options['precision']}: kept for backward, predicted"
     )
     print(result.table(top or None))
-
-
-def natural(key: str, value: str, least: int) -> int:
-    if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"{key}={value}, allowed: whole numbers from {least}")
-    return int(value)
 
 
 if __name__ == "__main__":

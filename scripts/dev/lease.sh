@@ -24,7 +24,7 @@ if [[ -f .lease/images.tar.xz && ! -f outputs/lease/cifar10.npz ]]; then # in th
     (
         rm -rf outputs/lease/images
         "$python" -m tarfile -e .lease/images.tar.xz outputs/lease/images # tar would need xz
-        exec nice "$python" scripts/pack_images.py cifar10 "root=$(echo outputs/lease/images/*)" out=outputs/lease/cifar10.npz
+        exec nice "$python" scripts/pack_images.py cifar10 --root "$(echo outputs/lease/images/*)" --out outputs/lease/cifar10.npz
     ) >outputs/lease/images.log 2>&1 &
 fi
 export TRITON_CACHE_DIR=$PWD/outputs/lease/triton ACTPRESS_KERNELS=none
@@ -37,5 +37,5 @@ if [[ -f .lease/kernels.tar.gz ]]; then # compiled beforehand; where that does n
 fi
 spent=$((SECONDS < 120 ? SECONDS : 120)) # of the call's seconds; a clock that is set meanwhile must not end it
 [[ -z ${REHEARSE-} ]] || spent=0
-exec "$python" scripts/gpu_battery.py profile=lease "call=$call" "spent=$spent" out=outputs/lease/results "archive=$out" \
-    ${REHEARSE:+rehearse=true}
+exec "$python" scripts/gpu_battery.py --profile lease --call "$call" --spent "$spent" --out outputs/lease/results --archive "$out" \
+    ${REHEARSE:+--rehearse}

@@ -1,6 +1,6 @@
 """What prebuild_kernels.py is to compile for a battery: the kernel cases and training steps of a profile's units, as YAML.
 
-python scripts/dev/list_kernels.py lease >LIST.yaml
+PYTHONPATH=scripts python scripts/dev/list_kernels.py lease >LIST.yaml       reads the options of the scripts that units run
 """
 
 import shlex
@@ -9,40 +9,54 @@ from pathlib import Path
 
 import yaml
 
+import bench_kernels
+import bench_training
+import short_training
 from actpress.bench import battery
-from actpress.bench import steps as training
+from actpress.bench.steps import RIVALS, STOCK
 from actpress.kernels.proof import registry
 from actpress.train import cli, command
+from actpress.train.run import bad_input
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def main(name: str) -> int:
+def main(given: list[str]) -> None:
+    parser = command.Parser(__doc__)
+    parser.add_argument("profile", help="a name of configs/battery")
+    with bad_input():
+        units = battery.load(CONFIGS / "battery", parser.parse_args(given).profile).units
     steps, cases = [], []
-    for unit in battery.load(CONFIGS / "battery", name).units:
-        script, *words = shlex.split(unit.run)
-        options = dict(word.partition("=")[::2] for word in words)
-        methods = [m for m in options.get("methods", "").split(",") if m not in (training.STOCK, *training.RIVALS)]
-        if script.endswith("bench_kernels.py") and "names" in options:
-            found = registry.all_cases()
-            for case in options["names"].split(","):
-                dtypes = [registry.name_of(dtype) for dtype in found[case].dtypes]
-                cases.append([case, options["dtypes"] if options["dtypes"] in dtypes else dtypes[0]])
+    for script, *words in (shlex.split(unit.run.replace("{seconds}", "1")) for unit in units):
+        if script.endswith("bench_kernels.py"):
+            cases += cases_of(bench_kernels.parser().parse_args(words))
         elif script.endswith("bench_training.py"):
-            step = {
-                "model": options["model"],
-                "batch": int(options["batch"]),
-                "precision": options.get("precision", "bf16"),
-            }
-            steps += [{**step, "method": method} for method in methods]
+            options = bench_training.parser().parse_args(words)
+            step = {"model": options.model, "batch": options.batch, "precision": options.precision}
+            steps += [{**step, "method": method} for method in compiled(options.methods)]
         elif script.endswith("short_training.py"):
-            cfg = cli.compose(options["overrides"].split(","), CONFIGS)
+            options = short_training.parser().parse_args(words)
+            cfg = cli.compose(list(options.overrides), CONFIGS)
             step = {"model": cfg.model.name, "batch": cfg.recipe.batch_size, "image_size": cfg.data.image_size}
             step |= {"classes": cfg.data.num_classes, "precision": cfg.runtime.precision}
-            steps += [{**step, "method": method, "channels_last": cfg.runtime.channels_last} for method in methods]
+            step |= {"channels_last": cfg.runtime.channels_last}
+            steps += [{**step, "method": method} for method in compiled(options.methods)]
     yaml.safe_dump({"steps": steps, "cases": cases}, sys.stdout)
-    return 0
+
+
+def cases_of(options) -> list[list[str]]:
+    """[case, dtype] of each case that bench_kernels.py is to measure: the unit's dtype, else the first that the case has."""
+    found, wanted = registry.all_cases(), []
+    for case in options.names:
+        dtypes = [registry.name_of(dtype) for dtype in found[case].dtypes]
+        wanted.append([case, options.dtypes[0] if options.dtypes[0] in dtypes else dtypes[0]])
+    return wanted
+
+
+def compiled(methods: tuple[str, ...]) -> list[str]:
+    """The methods that have kernels of their own."""
+    return [method for method in methods if method not in (STOCK, *RIVALS)]
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(lambda: main(*sys.argv[1:]), __doc__))
+    sys.exit(command.main(lambda: main(sys.argv[1:])))

@@ -17,7 +17,7 @@ pip() { "$python" -m pip --disable-pip-version-check "$@" --quiet --no-deps -c c
 pip wheel -w "$wheels" antlr4-python3-runtime # published as source only
 pip download -d "$wheels" --only-binary=:all: hydra-core omegaconf
 [[ -z ${1-} ]] || cp "$1" .lease/images.tar.xz
-"$python" scripts/dev/list_kernels.py lease >.lease/kernels.yaml
+PYTHONPATH=scripts "$python" scripts/dev/list_kernels.py lease >.lease/kernels.yaml
 "${LEASE_PYTHON:-$python}" scripts/dev/prebuild_kernels.py build .lease/kernels.yaml outputs/lease-kernels
 tar -czf .lease/kernels.tar.gz -C outputs/lease-kernels .
 du -sh .lease

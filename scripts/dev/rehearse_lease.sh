@@ -27,5 +27,5 @@ if [[ -d .lease ]]; then # these came with it, as the machine has none
 fi
 cd - >/dev/null
 cp -r results "$work/results"
-"$python" scripts/import_results.py "$work/out/leaseb.tar.gz" "results=$work/results"
-"$python" scripts/gpu_battery.py profile=lease dry=true
+"$python" scripts/import_results.py "$work/out/leaseb.tar.gz" --results "$work/results"
+"$python" scripts/gpu_battery.py --profile lease --dry

@@ -121,18 +121,19 @@ def test_the_lease_takes_less_than_thirteen_minutes_and_names_what_exists():
     lease = battery.load(CONFIGS, "lease")
     assert sum(lease.calls.values()) + lease.overhead < 13 * 60
     kernels = [unit for unit in lease.units if unit.name.startswith("kernels")]
-    names = [unit.run.partition("names=")[2].split(",") for unit in kernels]
+    names = [unit.run.partition("--names ")[2].split(",") for unit in kernels]
     assert [len(set(found) & set(registry.all_cases())) for found in names] == [30, 12]
 
 
 def test_a_wrong_profile_is_named(tmp_path, script):
     for arguments, message in (
-        (["profile=nosuch"], "profile=nosuch, allowed: full, lease"),
-        (["profile=lease", "call=c"], "call=c, allowed: a, b"),
-        (["budget=3"], "argument 'budget=3'"),
+        (["--profile=nosuch"], "profile=nosuch, allowed: full, lease"),
+        (["--profile=lease", "--call=c"], "--call c, allowed: a, b"),
+        (["--budget=3"], "argument '--budget=3', allowed: --help, --profile"),
+        (["--seconds=soon"], "argument --seconds: soon, allowed: numbers from 0"),
     ):
         with pytest.raises(InputError, match=message):
-            script("gpu_battery").main([*arguments, f"out={tmp_path}"])
+            script("gpu_battery").main([*arguments, f"--out={tmp_path}"])
     (tmp_path / "bad.yaml").write_text('device: cpu\ncalls: {"": 5}\nunits: [{name: x, run: y, seconds: 6}]')
     with pytest.raises(ValueError, match="take 6 s, allowed: 5"):
         battery.load(tmp_path, "bad")
@@ -166,7 +167,7 @@ def test_an_archive_is_unpacked_and_gets_a_page(tmp_path, script, monkeypatch):
     monkeypatch.setattr(record, "RUN", {})
     monkeypatch.setattr(battery_page, "_trained", lambda parts, runs: ["runs " + runs[0]["run_id"]])
     results, importing = tmp_path / "results", script("import_results")
-    assert importing.main([str(packed(tmp_path / "a.tar.gz")), f"results={results}"]) == 0
+    importing.main([str(packed(tmp_path / "a.tar.gz")), f"--results={results}"])
     folder = results / "battery" / "a-gpu-2026-01-02t03-04"
     assert {path.name for path in folder.iterdir()} == {"identity.json", "units.json", "m.json", "logs"}
     page = folder.with_name(f"{folder.name}.md").read_text()
@@ -177,9 +178,11 @@ def test_an_archive_is_unpacked_and_gets_a_page(tmp_path, script, monkeypatch):
     assert "0.75" in readme and "failed" not in readme and readme.endswith("<!-- end -->\nb\n")
     assert "someone" not in page + (folder / "m.json").read_text() and "at file.py" in page
     later = packed(tmp_path / "b.tar.gz", **{"runs/some-s0-1.json": {"run_id": "other"}})
-    with pytest.raises(InputError, match=r"some-s0-1\.json differs .* replace=true"):
-        importing.main([str(later), f"results={results}"])
-    assert importing.main([str(later), f"results={results}", "replace=true"]) == 0
+    with pytest.raises(InputError, match=r"some-s0-1\.json differs .* --replace"):
+        importing.main([str(later), f"--results={results}"])
+    assert json.loads((results / "runs" / "some-s0-1.json").read_text())["run_id"] == "some-s0-1"
+    importing.main([str(later), f"--results={results}", "--replace"])
+    assert json.loads((results / "runs" / "some-s0-1.json").read_text())["run_id"] == "other"
 
 
 def test_what_no_battery_packs_is_refused(tmp_path, script):
@@ -188,8 +191,8 @@ def test_what_no_battery_packs_is_refused(tmp_path, script):
     for path, message in (
         (evil, "outside the destination"),
         (tmp_path / "b.tar.gz", "is no archive"),
-        ("c=d", "allowed: the path"),
+        (tmp_path / "missing.tar.gz", "is no archive of a battery"),
     ):
         with pytest.raises(InputError, match=message):
-            script("import_results").main([str(path), f"results={tmp_path / 'r'}"])
+            script("import_results").main([str(path), f"--results={tmp_path / 'r'}"])
     assert not (tmp_path / "r").exists() and not (tmp_path.parent / "evil.json").exists()

@@ -16,7 +16,7 @@ SMALL = steps.Setting("resnet20", 2, 16, 10, "fp32", channels_last=False, device
 def test_every_method_gets_a_row_beside_stock():
     written = []
     wanted = ["none", "division", "pruning", "checkpointing", "compile budget 0.5", steps.AGAIN]
-    rows = steps.session(SMALL, wanted, ROOT / "configs", lambda rows: written.append(len(rows)))
+    rows = steps.measure_all(SMALL, wanted, ROOT / "configs", lambda rows: written.append(len(rows)))
     by_name = {row["method"]: row for row in rows}
     assert written == [1, 2, 3, 4, 5, 6]
     assert {name: row["status"] for name, row in by_name.items()} == {
@@ -45,18 +45,18 @@ def test_running_out_of_memory_is_a_result():
 
 
 def test_a_method_that_fails_costs_its_own_row_alone(monkeypatch):
-    original = steps._run
+    original = steps._train_steps
 
     def run_or_fail(setting, cfg, *rest):
         if "Division" in cfg.method["_target_"]:
             raise RuntimeError("kernel not right")
         return original(setting, cfg, *rest)
 
-    monkeypatch.setattr(steps, "_run", run_or_fail)
-    rows = steps.session(SMALL, ["none", "division", "pooling"], ROOT / "configs", lambda rows: None)
+    monkeypatch.setattr(steps, "_train_steps", run_or_fail)
+    rows = steps.measure_all(SMALL, ["none", "division", "pooling"], ROOT / "configs", lambda rows: None)
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    monkeypatch.setattr(steps, "BROKEN", ("kernel not right",))  # a device that is lost ends the session
-    rows = steps.session(SMALL, ["none", "division", "pooling"], ROOT / "configs", lambda rows: None)
+    monkeypatch.setattr(steps, "LOST", ("kernel not right",))  # a device that is lost ends the session
+    rows = steps.measure_all(SMALL, ["none", "division", "pooling"], ROOT / "configs", lambda rows: None)
     assert [row["status"] for row in rows] == ["ok", "failed"]
 
 
@@ -80,24 +80,27 @@ def test_bench_training_goes_on_where_its_file_ends(script, tmp_path, capsys, mo
 
     monkeypatch.setattr(steps, "measure", row)
     path = tmp_path / "out.json"
-    given = ["model=resnet20", "device=cpu", "steps=4", f"out={path}"]
+    given = ["--model=resnet20", "--device=cpu", "--steps=4", f"--out={path}"]
 
     def methods():
         return [[row["method"] for row in session["rows"]] for session in json.loads(path.read_text())["sessions"]]
 
-    assert bench_training.main([*given, "methods=none,division"]) == 0
-    assert bench_training.main([*given, "methods=none,division,pooling"]) == 0
+    assert bench_training.main([*given, "--methods=none,division"]) == 0
+    assert bench_training.main([*given, "--methods=none,division,pooling"]) == 0
     assert methods() == [["none", "division", "none again"], ["none", "pooling", "none again"]]
     assert capsys.readouterr().out.strip().endswith("3 of 3 rows measured, 3 were there")
-    assert bench_training.main([*given, "methods=none,division,pooling"]) == 0
+    assert bench_training.main([*given, "--methods=none,division,pooling"]) == 0
     assert len(methods()) == 2
     for argument, message in (
-        ("batch=8", "holds another setting"),
-        ("methods=nosuch", "method 'nosuch'"),
-        ("model=nosuch", "model=nosuch"),
-        ("steps=1", "steps=1"),
-        ("precision=fp8", "precision=fp8, allowed: fp32"),
-        ("largest=true", "memory=0"),
+        ("--batch=8", "holds another setting"),
+        ("--methods=nosuch", "method 'nosuch'"),
+        ("--model=nosuch", "model=nosuch"),
+        ("--steps=1", "steps=1"),
+        ("--precision=fp8", "precision=fp8, allowed: fp32"),
+        ("--largest", "memory=0"),
+        ("--batch=many", "argument --batch: many, allowed: whole numbers from 0"),
+        ("--batch=0", "batch=0, allowed: whole numbers from 1"),
+        ("--step=0", "argument --step: 0, allowed: whole numbers from 1"),
     ):
         with pytest.raises(InputError, match=message):
             bench_training.main([*given, argument])
@@ -137,7 +140,7 @@ def test_each_probe_is_kept_and_the_search_goes_on_from_its_file(script, tmp_pat
 
     monkeypatch.setattr(steps, "measure", probe)
     bench_training, path = script("bench_training"), tmp_path / "out.json"
-    given = ["model=resnet20", "device=cpu", "memory=100", "largest=true", "methods=none", f"out={path}"]
+    given = ["--model=resnet20", "--device=cpu", "--memory=100", "--largest", "--methods=none", f"--out={path}"]
     with pytest.raises(KeyboardInterrupt):
         bench_training.main(given)
     assert bench_training.main(given) == 0

@@ -1,13 +1,18 @@
-"""Training steps measured: images/s, peak and saved bytes of methods side by side, without data and without an epoch.
+"""Benchmark of training steps: images/s, peak and saved bytes of methods side by side, without data and without an epoch.
 
-The step is the training loop's own (engine.Trainer), on one batch of noise that lies on the device, at learning rate 0: the weights stay as
-they are. Everything measured in one process on one device is a session; speeds are compared within a session only, so each has a row of
-stock PyTorch, and a second one at the end shows how far the device drifted.
+The step is that of the training loop (engine.Trainer), on one batch of noise on the device, at learning rate 0, so that the weights do not
+change. All that is measured in one process on one device is a session. Speeds are compared within a session only: each has a row of stock
+PyTorch, and a second one at the end shows how far the device drifted.
 
-A row: method, batch, status (ok, predicted, oom, not applicable, failed) and message; images_per_s {median, iqr, n, warmup}; step_ms
-{median, iqr, n}, a step's time on the device; host_ms, what Python takes to issue a step, of those that begin with an idle device
-(metrics.StepTimer): a GPU waits for Python where it comes near step_ms; None on a CPU, where both are one; peak_bytes, peak_reserved_bytes,
-saved_bytes; first_step_seconds, which holds the compilation. A predicted one: predicted_bytes, saved as fake tensors tell it.
+Columns of a row:
+
+method, batch, status (ok, predicted, oom, not applicable, failed), message
+images_per_s {median, iqr, n, warmup};  step_ms {median, iqr, n}, a step's time on the device
+host_ms               time that Python takes to issue a step, of steps that begin with an idle device (metrics.StepTimer). A GPU waits for
+                      Python where it comes near step_ms. None on a CPU, where the two are the same.
+peak_bytes, peak_reserved_bytes, saved_bytes
+first_step_seconds    includes the compilation
+predicted_bytes       saved bytes of a predicted row, computed with fake tensors
 """
 
 import gc
@@ -15,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,34 +39,40 @@ from actpress.train import cli, config, engine
 STOCK, AGAIN = "none", "none again"  # the method that changes nothing; its row at a session's end
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PEAK_STEPS = engine.PEAK_STEP + 2  # the fewest steps that see saved bytes and the peak
-BROKEN = ("CUDA error", "illegal memory access", "device-side assert")
-AIM, FINENESS = (
-    0.97,
-    1 / 32,
-)  # of a search: share of an extrapolated batch that is tried; how exactly the largest is known
+LOST = (
+    "CUDA error",
+    "illegal memory access",
+    "device-side assert",
+)  # messages after which a process cannot use its device
+AIM = 0.97  # share of an extrapolated batch that the search tries
+FINENESS = 1 / 32  # the search ends when the largest batch is known to this share
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows], None]
 Prepared = tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]
 Rival = Callable[[nn.Module], AbstractContextManager] | None
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a session measures. precision: tf32 is fp32 with matrix products in TF32, fp32 allows none; bf16 and fp16 are autocast.
-    steps: how many are made; the training loop times those that neither warm up nor measure memory. memory: bytes that the device is
-    pretended to have, 0 for what it has. predict: nothing is run, fake tensors tell the saved bytes."""
+    """What a session measures; the metadata of a field say what it means. Raises ValueError for values out of range."""
 
-    model: str
-    batch: int = 64
-    image_size: int = 224
-    num_classes: int = 1000
-    precision: str = "bf16"
-    compile: bool = False
-    channels_last: bool = True
-    device: str = "auto"
-    steps: int = 60
-    memory: int = 0
-    predict: bool = False
+    model: str = _option("resnet50", "a name of configs/model")
+    batch: int = _option(64, "images in a batch")
+    image_size: int = _option(224, "pixels")
+    num_classes: int = _option(1000, "classes")
+    precision: str = _option(
+        "bf16", "fp32 without TF32, tf32: fp32 with matrix products in TF32, bf16 and fp16: autocast"
+    )
+    compile: bool = _option(False, "torch.compile")
+    channels_last: bool = _option(True, "memory format of images and weights")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
+    steps: int = _option(60, "training steps; those that warm up or measure memory are not timed")
+    memory: int = _option(0, "bytes the device is limited to, 0: no limit")
+    predict: bool = _option(False, "run nothing, compute saved bytes with fake tensors")
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -70,8 +81,8 @@ class Setting:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}, allowed: whole numbers from {least}")
 
-    def config(self, configs: Path, method: str) -> DictConfig:
-        """The composed training config of one method. Raises InputError for an unknown model or method."""
+    def training_config(self, configs: Path, method: str) -> DictConfig:
+        """The composed training config of one method, at learning rate 0. Raises InputError for an unknown model or method."""
         precision = "fp32" if self.precision == "tf32" else self.precision
         overrides = f"""model={self.model} method={method} data=synthetic data.image_size={self.image_size}
             data.num_classes={self.num_classes} recipe=quick recipe.epochs=1 recipe.batch_size={self.batch}
@@ -114,15 +125,15 @@ def _compile_budget(share: float, model: nn.Module) -> AbstractContextManager:
 RIVALS = {"checkpointing": _checkpoint} | {f"compile budget {x}": partial(_compile_budget, x) for x in (0.5, 0.1)}
 
 
-def check(names: Sequence[str], configs: Path) -> None:
+def check_methods(names: Sequence[str], configs: Path) -> None:
     """Raise ValueError for a name that is neither a method nor one of RIVALS."""
     known = [*sorted(path.stem for path in (configs / "method").glob("*.yaml")), *RIVALS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"method {unknown[0]!r} is unknown, allowed: {', '.join(known)}")
 
 
-def session(setting: Setting, wanted: Sequence[str], configs: Path, write: Write) -> Rows:
-    """The rows of methods and RIVALS `wanted`, measured one after the other; write(rows) is called after each.
+def measure_all(setting: Setting, wanted: Sequence[str], configs: Path, write: Write) -> Rows:
+    """Measure the methods and RIVALS `wanted` one after the other. Returns their rows; write(rows) is called after each.
 
     A method that fails is a row too; the session ends early only if the device can no longer be used.
     """
@@ -130,20 +141,20 @@ def session(setting: Setting, wanted: Sequence[str], configs: Path, write: Write
     for name in wanted:
         rows.append(measure(setting, name, configs))
         write(rows)
-        if broken(rows):
+        if device_lost(rows):
             break
     return rows
 
 
-def broken(rows: Rows) -> bool:
-    """Whether nothing more can be measured in this process, by the last row."""
-    return any(word in (rows[-1]["message"] or "") for word in BROKEN)
+def device_lost(rows: Rows) -> bool:
+    """Whether the last row says that this process can no longer use its device."""
+    return any(word in (rows[-1]["message"] or "") for word in LOST)
 
 
 def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
-    """One row."""
+    """Measure one method, or one of RIVALS. Returns its row."""
     rival = RIVALS.get(name)
-    cfg = setting.config(configs, STOCK if rival or name == AGAIN else name)
+    cfg = setting.training_config(configs, STOCK if rival or name == AGAIN else name)
     device, begin = config.device(cfg.runtime.device), time.perf_counter()
     numbers: dict[str, Any] = {}
     status, message = "predicted" if setting.predict else "ok", None
@@ -156,7 +167,7 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
             numbers["predicted_bytes"] = found["saved_bytes"]
         else:
             with precision_of_products(setting.precision):
-                _run(setting, cfg, device, rival, numbers)
+                _train_steps(setting, cfg, device, rival, numbers)
             if setting.memory and (numbers["peak_bytes"] or 0) > setting.memory:  # on CUDA the allocator refuses first
                 raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {setting.memory}")
     except NotApplicable as error:
@@ -175,12 +186,12 @@ def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
 
 
 class NotApplicable(Exception):
-    """There is nothing in this model, or in this mode, that the method changes."""
+    """The method changes nothing in this model, or in this mode."""
 
 
 @contextmanager
 def precision_of_products(precision: str) -> Iterator[None]:
-    """For fp32 tensors: TF32 in convolutions and matrix products for "tf32", nowhere for "fp32"; otherwise as it is."""
+    """Use TF32 in convolutions and matrix products of fp32 tensors for "tf32", nowhere for "fp32"; change nothing otherwise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     if precision in ("fp32", "tf32"):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -193,12 +204,12 @@ def precision_of_products(precision: str) -> Iterator[None]:
 
 
 def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival = None) -> Prepared:
-    """(trainer, images, classes, the context that steps run in). Raises NotApplicable."""
+    """(trainer, x_NCHW images, y_N classes, the context that steps run in). Raises NotApplicable."""
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, setting.memory / total))
-        torch.backends.cudnn.benchmark = False  # or each batch of a search would be tried out for seconds
+        torch.backends.cudnn.benchmark = False  # otherwise each batch of a search costs seconds of tuning
     engine.seed_everything(cfg.seed)
     with device:
         model = hydra.utils.instantiate(cfg.model)
@@ -213,8 +224,10 @@ def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Riva
     return engine.Trainer(cfg, model, data, device), x, y, during
 
 
-def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, numbers: dict[str, Any]) -> None:
-    """Train the steps and fill in what was measured. A function of its own so that nothing of a failed one stays alive."""
+def _train_steps(
+    setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, numbers: dict[str, Any]
+) -> None:
+    """Train the steps and fill in `numbers`. A function of its own, so that a failure leaves no tensor alive in its caller."""
     trainer, x, y, during = prepare(setting, cfg, device, rival)
     begin = time.perf_counter()
     with during:
@@ -229,9 +242,14 @@ def _run(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, 
     numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})
 
 
-def search(setting: Setting, wanted: Sequence[str], configs: Path, step: int, before: Rows, write: Write) -> Rows:
-    """A row for each probe, a few training steps, on the way to the largest batch that methods can train: known to `step` images or to
-    three percent, in setting.memory bytes. The first is setting.batch; `before`: rows to go on from. write(rows) is called after each."""
+def find_largest_batches(
+    setting: Setting, wanted: Sequence[str], configs: Path, step: int, before: Rows, write: Write
+) -> Rows:
+    """Search the largest batch that each method can train in setting.memory bytes, known to `step` images or to the share FINENESS.
+
+    Each probe trains a few steps and is a row. The first probe is setting.batch; `before`: rows of an earlier search to resume from.
+    write(rows) is called after each probe.
+    """
     rows: Rows = []
     for name in wanted:
         while True:
@@ -241,7 +259,7 @@ def search(setting: Setting, wanted: Sequence[str], configs: Path, step: int, be
                 break
             rows.append(measure(replace(setting, batch=batch, steps=PEAK_STEPS), name, configs))
             write(rows)
-            if broken(rows):
+            if device_lost(rows):
                 return rows
     return rows
 

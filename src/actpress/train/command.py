@@ -7,7 +7,7 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -58,12 +58,23 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         found, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            allowed = ", ".join(name for action in self._actions for name in action.option_strings[-1:])
+            names = (next((name for name in a.option_strings if name.startswith("--")), None) for a in self._actions)
+            allowed = ", ".join(filter(None, names))
             raise InputError(f"argument {unknown[0]!r}, allowed: {allowed}")
         return found
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+    def add_choice(self, name: str, allowed: Sequence[str], text: str) -> None:
+        """An option, or a positional argument, that takes one of `allowed`; the first is the option's default. text: its help."""
+
+        def parse(text: str) -> str:
+            if text not in allowed:
+                raise argparse.ArgumentTypeError(f"{text}, allowed: {', '.join(allowed)}")
+            return text
+
+        self.add_argument(name, type=parse, default=allowed[0], help=f"{text}: {', '.join(allowed)}")
 
     def add_fields(self, cls: type, **defaults: Any) -> None:
         """An option for each field of a dataclass: its name with "-" for "_", its default unless `defaults` has another one, and
@@ -86,6 +97,14 @@ def whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def whole_number(key: str, text: str, least: int) -> int:
+    """The value of key=text. Raises ValueError unless it is a whole number from `least`."""
+    try:
+        return whole(least)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{key}={error}") from error
 
 
 def seconds(text: str) -> float:

@@ -329,7 +329,7 @@ def test_a_folder_decoded_once_is_the_same_data_set(tmp_path, script, capsys):
     for number, name in enumerate(classes):
         for split in ("train", "test"):
             picture(root / split / name / "0.jpg", 20 * number)
-    assert script("pack_images").main(["cifar10", f"root={root}", f"out={path}"]) == 0
+    script("pack_images").main(["cifar10", f"--root={root}", f"--out={path}"])
     assert "10 train and 10 test images, CIFAR-10 (JPEG)" in capsys.readouterr().out
     packed = create("cifar10", batch_size=2, source="array", root=str(path), num_classes=10)
     files = create("cifar10", batch_size=2, source="folder", root=str(root), num_classes=10)
@@ -344,8 +344,8 @@ def test_a_folder_decoded_once_is_the_same_data_set(tmp_path, script, capsys):
     with pytest.raises(FileNotFoundError, match="is not there; scripts/pack_images"):
         create("cifar10", batch_size=2, source="array", root=str(tmp_path / "other.npz"), num_classes=10)
     for given, message in (
-        (["imagenet"], "allowed: cifar10, cifar100"),
-        (["cifar10", f"root={root}"], "out= must name"),
+        (["imagenet", "--root=r", "--out=o"], "argument data: imagenet, allowed: cifar10, cifar100"),
+        (["cifar10", f"--root={root}"], "the following arguments are required: --out"),
     ):
         with pytest.raises(InputError, match=message):
             script("pack_images").main(given)
