@@ -41,6 +41,12 @@ def low_reference(x: Tensor, block: int, transform: str) -> Tensor:
     return saturated(low + poison(low), torch.bfloat16)
 
 
+def low_bytes(shape: torch.Size, block: int) -> int:
+    """Bytes of the low part of a map of this shape."""
+    n, c, *axes = shape
+    return 2 * n * c * math.prod(-(-size // max(min(block, size), 1)) for size in axes)
+
+
 def back_reference(low: Tensor, size: tuple[int, int], block: int, transform: str, dtype: torch.dtype) -> Tensor:
     """The map [N, C, H, W] of `dtype` that `low` represents; `size` is (H, W)."""
     low = low.to(dtype)

@@ -1,22 +1,27 @@
-"""How one layer's input is kept for the backward pass.
+"""How one tensor is saved for the backward pass.
 
-A Codec turns a tensor into what is kept and, in the backward pass, what was kept into a weight gradient. It is a frozen
-dataclass: all it knows is in its fields. The weight gradients decode first; a codec that can do without the dense tensor
-(pooled, block-sparse) overrides them.
+A Codec turns a tensor into what is saved (`encode`) and back (`decode`). It is a frozen dataclass: all it knows is in its fields. Weight
+gradients decode first; a codec that can do without the dense tensor (pooled, block-sparse) overrides them. Activations use the same
+protocol, see `Codec.derivative`.
 
-`keep` is what layers call. One tensor read by two layers (a block's input, read by its first convolution and its
-downsample) is encoded once: the code is remembered for the tensor, weakly, and dies with the graph that saved it. What is remembered stands
-in tables beside the tensors (keys are weak), so that a tensor can be saved, pickled and copied as any other.
+Layers call `keep`. What holds for all codecs stands there once:
+
+    empty tensor, or a code that would be no smaller    the tensor itself is saved (`Dense`)
+    one tensor read by several layers                   encoded once, see below
+    output of a ReLU, codec with `relu_mask`            the ReLU's packed mask is handed to `decode` by name
+
+One tensor read by two layers (a block's input, read by its first convolution and its downsample) is encoded once. The code is remembered
+for the tensor, weakly, and dies with the graph that saved it. What is remembered stands in tables beside the tensors (keys are weak), so
+that a tensor can be saved, pickled and copied as any other.
 
 The content of a tensor can change without a new version (x.data = ..., a numpy array that shares its memory) while an earlier graph still
 holds the code. So a layer that reads a tensor for the second time gets a new code: another forward pass has begun.
 
-`keep_normalised` is what norms call. Their backward pass reads the normalised input alone, which is bounded whatever the scale of a token
-or channel; coded as it is, a small token beside large ones would be lost in their steps, and 1 / deviation amplify the error.
+Norms call `keep_normalised`. Their backward pass reads the normalised input alone, which is bounded whatever the scale of a token or
+channel. Encoded as it is, a small token beside large ones would be lost in their steps, and 1 / deviation would amplify the error.
 
-A codec with `relu_mask` also gets the mask that the ReLU before it saves, if x is that ReLU's output: the same tensor, so no bytes. The
-ReLU leaves it (`leave_mask`), and it dies with the output if nothing saved it. Held weakly, it would be gone in the first pass of a
-checkpoint but not in the second.
+A ReLU leaves its mask by `leave_mask`: the tensor that it saves anyway, so at no bytes. The mask dies with the output if nothing saved it.
+Held weakly, it would be gone in the first pass of a checkpoint but not in the second.
 """
 
 import math
@@ -31,6 +36,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.common.layout import is_channels_last
 from actpress.kernels.common.noise import uniform_from
 from actpress.kernels.common.seeds import Bank, banked, seed_of
@@ -43,15 +49,14 @@ class Like(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
 
+    @classmethod
+    def of(cls, x: Tensor) -> "Like":
+        return cls(x.shape, x.dtype, is_channels_last(x))
 
-class Conv(NamedTuple):
-    """Geometry of a convolution (zero padding); 2-d here, one entry an axis for 1-d and 3-d."""
-
-    weight_shape: torch.Size  # [O, I / groups, kh, kw]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Context:
@@ -127,9 +132,22 @@ class Codec:
 
     shared = True  # may layers that read the same tensor share one code?
     normalised = True  # do norms hand it their normalised input? False: their input as it is
-    relu_mask = (
-        False  # where x is the output of a ReLU, is its packed mask appended to `kept` (unless x is kept dense)?
+    relu_mask = False  # does `decode` take the packed mask of the ReLU whose output was encoded, as `mask`?
+    weight_grad_dtype: torch.dtype | None = (
+        None  # of the weight gradient's product; None: the dtype in which the layer computes
     )
+    # Do activations hand it their derivative f'(x), to be encoded like any tensor? False: their input; encode_activation and
+    # activation_grad are the codec's own then.
+    derivative = True
+    keeps_output = False  # do activations save their output beside the code?
+
+    def nbytes(self, like: Like) -> int:
+        """Bytes that `encode` returns for a tensor like this, masks of ReLUs left out."""
+        raise NotImplementedError
+
+    def is_smaller(self, like: Like) -> bool:
+        """Whether a tensor like this is encoded. Otherwise it is saved as it is."""
+        return self.nbytes(like) < like.nbytes
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -139,21 +157,42 @@ class Codec:
 
     def linear_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor) -> Tensor:
         """dW [out, in] of y = x W^T from dy [..., out]."""
-        x = self.decode(kept, like)
+        x, dtype = self.decode(kept, like), self.weight_grad_dtype
+        if dtype is not None:
+            x, dy = x.to(dtype), dy.to(dtype)
         return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
-    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
+    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: ConvGeometry) -> Tensor:
         """dW of conv.weight_shape from dy [N, O, H', W']."""
-        x = self.decode(kept, like)
+        x, dtype = self.decode(kept, like), self.weight_grad_dtype
+        if dtype is not None:
+            x, dy = x.to(dtype), dy.to(dtype)
         weight = dy.new_empty(()).expand(conv.weight_shape)  # only its shape is read
         return convolution_backward(dy, x, weight, conv, (False, True, False))[1]
+
+    def encode_activation(self, x: Tensor, function: str) -> tuple[Tensor, ...]:
+        """Of a codec with derivative=False: what is saved of an activation's input x. function: gelu, gelu_tanh, silu or quick_gelu."""
+        raise NotImplementedError
+
+    def forward_activation(self, x: Tensor, function: str) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """(y, what is saved) in one pass over x, y in the memory order of the code; None: the layer computes y by itself."""
+        return None
+
+    def activation_grad(
+        self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, y: Tensor | None, function: str
+    ) -> Tensor:
+        """dx = dy f'(x), of dy's shape and dtype. y, the output, is None unless `keeps_output`."""
+        return dy * self.decode(kept, like)
 
 
 @dataclass(frozen=True)
 class Dense(Codec):
-    """Keeps the tensor as it is: what stock PyTorch does."""
+    """Saves the tensor as it is: what stock PyTorch does."""
 
     normalised = False
+
+    def nbytes(self, like: Like) -> int:
+        return like.nbytes
 
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         return (x,)
@@ -162,22 +201,43 @@ class Dense(Codec):
         return kept[0]
 
 
-def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: tuple[bool, bool, bool]):
+DENSE = Dense()
+
+
+class Kept(NamedTuple):
+    """How a tensor was saved: what the backward pass needs beside the saved tensors. It holds no tensor and is stored on ctx.
+
+    saved, in its methods: the tensors that `keep` returned, as the backward pass gets them back.
+    """
+
+    codec: Codec  # Dense where the code would be no smaller
+    like: Like
+    masked: bool = False  # is the last saved tensor the packed mask of a ReLU?
+
+    def decode(self, saved: tuple[Tensor, ...]) -> Tensor:
+        if self.masked:
+            return self.codec.decode(saved[:-1], self.like, mask=saved[-1])
+        return self.codec.decode(saved, self.like)
+
+    def linear_weight_grad(self, saved: tuple[Tensor, ...], dy: Tensor) -> Tensor:
+        """See Codec.linear_weight_grad. Codecs that take masks decode first."""
+        if self.masked:
+            return DENSE.linear_weight_grad((self.decode(saved),), self.like, dy)
+        return self.codec.linear_weight_grad(saved, self.like, dy)
+
+    def conv2d_weight_grad(self, saved: tuple[Tensor, ...], dy: Tensor, conv: ConvGeometry) -> Tensor:
+        """See Codec.conv2d_weight_grad."""
+        if self.masked:
+            return DENSE.conv2d_weight_grad((self.decode(saved),), self.like, dy, conv)
+        return self.codec.conv2d_weight_grad(saved, self.like, dy, conv)
+
+
+def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: ConvGeometry, mask: tuple[bool, bool, bool]):
     """(dx, dw, db) of a 1-d to 3-d convolution, None where the mask is False. Of a tensor not needed only the shape is read."""
     no_output_padding = [0] * len(conv.stride)
     return torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight,
-        [dy.shape[1]],
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        no_output_padding,
-        conv.groups,
-        mask,
-    )
+        dy, x, weight, [dy.shape[1]], conv.stride, conv.padding, conv.dilation, False, no_output_padding, conv.groups, mask
+    )  # fmt: skip
 
 
 class _Code(NamedTuple):
@@ -186,8 +246,8 @@ class _Code(NamedTuple):
     key: tuple  # codec, dtype, version, shape
     memory: StorageWeakRef  # the tensor's
     readers: set[tuple[int, str]]  # layers that got this code
-    like: Like
-    kept: list[TensorWeakRef]
+    kept: Kept
+    saved: list[TensorWeakRef]
 
 
 _codes = WeakTensorKeyDictionary()  # x -> _Code
@@ -196,24 +256,24 @@ _masks = WeakTensorKeyDictionary()  # output of a ReLU -> (packed mask, version,
 
 def keep(
     codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size, origin: str
-) -> tuple[Like, tuple[Tensor, ...]]:
-    """Returns (like, kept): x, cast to `dtype` and viewed as `shape`, as `codec` keeps it.
+) -> tuple[Kept, tuple[Tensor, ...]]:
+    """Returns (kept, saved): x, cast to `dtype` and viewed as `shape`, as `codec` saves it.
 
-    origin: the layer that reads x, see Layer.origin. Layers that read the same x, unmodified, share the kept tensors while these live; a
+    origin: the layer that reads x, see Layer.origin. Layers that read the same x, unmodified, share the saved tensors while these live; a
     layer's second read makes new ones.
     """
     if torch.compiler.is_compiling() or not codec.shared:
-        return _encode(codec, x, context, dtype, shape)
+        return _keep(codec, x, context, dtype, shape)
     key, memory, reader = (codec, dtype, x._version, shape), StorageWeakRef(x.untyped_storage()), (id(context), origin)
     known = _codes.get(x)
     if known is not None and (known.key, known.memory) == (key, memory) and reader not in known.readers:
-        kept = tuple(reference() for reference in known.kept)
-        if all(tensor is not None for tensor in kept):
+        saved = tuple(reference() for reference in known.saved)
+        if all(tensor is not None for tensor in saved):
             known.readers.add(reader)
-            return known.like, kept
-    like, kept = _encode(codec, x, context, dtype, shape)
-    _codes[x] = _Code(key, memory, {reader}, like, [TensorWeakRef(tensor) for tensor in kept])
-    return like, kept
+            return known.kept, saved
+    kept, saved = _keep(codec, x, context, dtype, shape)
+    _codes[x] = _Code(key, memory, {reader}, kept, [TensorWeakRef(tensor) for tensor in saved])
+    return kept, saved
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -237,28 +297,28 @@ class _AutocastOff(AbstractContextManager):
         torch.set_autocast_enabled(self.device, True)
 
 
-def encoded(codec: Codec, x: Tensor, context: Context | None) -> tuple[Tensor, ...]:
-    """Returns codec.encode(x, context), computed without autocast. Autocast would run products in another dtype."""
+def encoded(codec: Codec, x: Tensor, context: Context | None) -> tuple[Kept, tuple[Tensor, ...]]:
+    """(kept, saved): x as it is, unshared. Codecs compute without autocast, which would run products in another dtype."""
+    like = Like.of(x)
+    if x.numel() == 0 or not codec.is_smaller(like):
+        return Kept(DENSE, like), (x,)
     with without_autocast(x):
-        return codec.encode(x, context)
+        return Kept(codec, like), codec.encode(x, context)
 
 
 def keep_normalised(
     codec: Codec, x: Tensor, normalise: Callable[[], Tensor], context: Context, shape: torch.Size, origin: str
-) -> tuple[Like, tuple[Tensor, ...], bool]:
-    """What a norm keeps of its input x: (like, kept, whether that is the normalised input, as `shape`, or x, as `shape`).
+) -> tuple[Kept, tuple[Tensor, ...], bool]:
+    """What a norm saves of its input x: (kept, saved, whether that is the normalised input, as `shape`, or x, as `shape`).
 
-    normalise: makes the normalised input, of x's shape; called only if the codec wants it. x itself is kept where the code would be no
+    normalise: makes the normalised input, of x's shape; called only if the codec wants it. x itself is saved where the code would be no
     smaller.
     """
     if codec.normalised:
-        normal = normalise().to(x.dtype).reshape(shape)
-        like, kept = Like(normal.shape, x.dtype, is_channels_last(normal)), encoded(codec, normal, context)
-        if kept[0] is not normal:
-            return like, kept, True
-        codec = Dense()
-    like, kept = keep(codec, x, context, x.dtype, shape, origin)
-    return like, kept, False
+        if codec.is_smaller(Like(shape, x.dtype, False)):
+            return *encoded(codec, normalise().to(x.dtype).reshape(shape), context), True
+        codec = DENSE
+    return *keep(codec, x, context, x.dtype, shape, origin), False
 
 
 def maps_shape(shape: torch.Size) -> torch.Size:
@@ -291,15 +351,15 @@ def mask_of(y: Tensor) -> Tensor | None:
     return _masks[y][0] if y in _masks else None
 
 
-def _encode(
+def _keep(
     codec: Codec, x: Tensor, context: Context, dtype: torch.dtype, shape: torch.Size
-) -> tuple[Like, tuple[Tensor, ...]]:
+) -> tuple[Kept, tuple[Tensor, ...]]:
     cast = x.detach().to(dtype)
-    cast = cast if cast.shape == shape else cast.reshape(shape)
-    like, kept = Like(cast.shape, dtype, is_channels_last(cast)), encoded(codec, cast, context)
-    if codec.relu_mask and kept[0] is not cast:
-        kept = (*kept, *_mask_of(x, like.channels_last))
-    return like, kept
+    kept, saved = encoded(codec, cast if cast.shape == shape else cast.reshape(shape), context)
+    if kept.codec.relu_mask:
+        mask = _mask_of(x, kept.like.channels_last)
+        kept, saved = kept._replace(masked=bool(mask)), (*saved, *mask)
+    return kept, saved
 
 
 def _mask_of(x: Tensor, channels_last: bool) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from actpress.kernels.inverted import DECODERS, FITS, FUNCTIONS, cases, op, refe
 from actpress.kernels.inverted import triton as kernels
 from actpress.kernels.masks import pack_mask_reference
 from actpress.layers import activation
+from actpress.layers.formulas import FORMULAS
 from actpress.measure import derivatives
 from actpress.methods import FewBit, Inverted
 from actpress.methods.inverted import FromOutput
@@ -162,7 +163,7 @@ def test_bits_of_every_16_bit_input(device, function, dtype):
 @pytest.mark.usefixtures("worst_case")
 def test_error_over_every_input(device, variant, dtype):
     """Within what the reference promises, with stock's output."""
-    compute, function, _ = activation.VARIANTS[variant]
+    compute, function = FORMULAS[variant].compute, FORMULAS[variant].function
     x = derivatives.inputs(function, dtype)
     y, left = compute(x).to(device), reference.left_reference(x, function).to(device)
     found = derivative(y, left, function)
@@ -314,8 +315,8 @@ def test_fused_and_stock_forward_agree(monkeypatch, method, layer, as_gpu):
 def test_only_the_plain_formula_is_fused(monkeypatch):
     """Formulas of other libraries differ in the order of operations, in-place layers in where y goes."""
     asked = []
-    monkeypatch.setattr(FromOutput, "forward", lambda self, x, function: asked.append(function))
-    for variant in activation.VARIANTS:
+    monkeypatch.setattr(FromOutput, "forward_activation", lambda self, x, function: asked.append(function))
+    for variant in derivatives.VARIANTS:
         activation.activate(torch.randn(3, requires_grad=True), variant, FromOutput(fused=True))
     activation.activate(torch.randn(3, requires_grad=True) * 1, "silu", FromOutput(fused=True), inplace=True)
     assert asked == ["gelu", "gelu_tanh", "quick_gelu", "silu"]

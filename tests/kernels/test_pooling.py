@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from actpress.codec import Context, Conv, Like, convolution_backward
+from actpress.codec import Context, Like, convolution_backward
 from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.pooling.composed import by_decoding, by_smaller, conv2d_weight_grad_composed, smaller_axes
 from actpress.kernels.pooling.reference import (
@@ -189,7 +189,7 @@ def test_aligned_blocks_keep_the_gradient_of_smooth_maps_better_than_floor_mode(
 
 def test_half_types_are_summed_in_fp32():
     x, dy = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
-    codec, conv = PoolingCodec(4, "ceil"), Conv(torch.Size((8, 8, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
+    codec, conv = PoolingCodec(4, "ceil"), ConvGeometry(torch.Size((8, 8, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
     exact = codec.conv2d_weight_grad(codec.encode(x, Context(0)), Like(x.shape, x.dtype, False), dy, conv)
     half = codec.conv2d_weight_grad(
         codec.encode(x.bfloat16(), Context(0)), Like(x.shape, torch.bfloat16, False), dy.bfloat16(), conv

@@ -15,14 +15,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import actpress
-from actpress import measure
-from actpress.codec import Like, tokens_shape
-from actpress.kernels.common.layout import is_channels_last
+from actpress import measure, swap
+from actpress.codec import encoded, tokens_shape
 from actpress.methods import Division, Pooling, Quantize
 from paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs/method").glob("*.yaml"))
 METHODS = {path.stem: hydra.utils.instantiate(OmegaConf.load(path)) for path in CONFIGS}
+# Those that compile the model promise less: not the same bits, and every test here would compile for minutes.
+COMPILED = [
+    name for name, method in METHODS.items() if any(isinstance(e, swap.Graph) for e in method.plan(nn.Linear(2, 2)))
+]
+METHODS = {name: method for name, method in METHODS.items() if name not in COMPILED}
 METHODS |= {
     "division, ReLU masks": Division(relu_mask=True),
     "pooling, maxima": Pooling(reduce="max"),
@@ -224,8 +228,8 @@ def test_gradients_are_the_exact_ones_at_the_decoded_input(method, layer, memory
         coded = coded.flatten(0, -2)  # a token each
     elif isinstance(stock, nn.Linear):
         coded = coded.reshape(tokens_shape(coded.shape))
-    like = Like(coded.shape, x.dtype, is_channels_last(coded))
-    decoded = twin.codec.decode(twin.codec.encode(coded, twin.context), like).reshape(x.shape)
+    kept, saved = encoded(twin.codec, coded, twin.context)
+    decoded = kept.decode(saved).reshape(x.shape)
     y = ours(leaf)
     dy = torch.randn_like(y)
     y.backward(dy)

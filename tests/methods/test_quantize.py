@@ -8,6 +8,7 @@ from torch import nn
 
 import actpress
 from actpress import measure
+from actpress.codec import Dense, encoded
 from actpress.kernels.common.bits import packed_bytes
 from actpress.kernels.lloyd_max import normal_levels
 from actpress.methods import Quantize
@@ -48,7 +49,8 @@ def test_saved_bytes_follow_the_formula(bits, levels):
 @pytest.mark.parametrize("shape", [(1, 5, 1, 1), (0, 5, 7, 7)], ids=["one pixel", "empty"])
 def test_what_the_code_would_not_make_smaller_stays_dense(shape):
     codec, x = NormalCodec(normal_levels(4), "nearest"), torch.randn(shape)
-    assert codec.encode(x, None)[0] is x
+    kept, saved = encoded(codec, x, None)
+    assert saved[0] is x and kept.codec == Dense()
 
 
 def test_normal_levels_keep_the_gradients_of_normal_values_better():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpress
-from actpress.codec import Context, Like
+from actpress.codec import Context, Like, encoded
 from actpress.methods import Division, Quantize
 from actpress.methods.quantize import QuantizeCodec
 from actpress.methods.scaled_tokens import ScaledTokens
@@ -67,8 +67,8 @@ def test_it_takes_two_bytes_a_token_more():
 @pytest.mark.parametrize("shape", [(4, 1, 96), (4, 64, 1), (3, 2, 8)])
 def test_it_is_dense_where_the_code_would_be_no_smaller(shape):
     x = torch.randn(shape, dtype=torch.bfloat16)
-    (kept,) = CODEC.encode(x, Context(0))
-    assert kept is x and torch.equal(CODEC.decode((kept,), like(x)), x)
+    kept, saved = encoded(CODEC, x, Context(0))
+    assert saved[0] is x and torch.equal(kept.decode(saved), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -15,7 +15,28 @@ from collections.abc import Callable
 
 from torch import nn
 
-from actpress.layers.base import Extended, Layer, extend, needs_grad, records
+from actpress.layers.activation import (
+    ELU,
+    GELU,
+    Hardswish,
+    Mish,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+    elu,
+    elu_,
+    gelu,
+    hardswish,
+    mish,
+    sigmoid,
+    sigmoid_,
+    silu,
+    softplus,
+    tanh,
+    tanh_,
+)
+from actpress.layers.base import Extended, Layer, Mixed, extend, needs_grad, records
 from actpress.layers.conv import Conv1d, Conv2d, Conv3d, conv1d, conv2d, conv3d
 from actpress.layers.exact import (
     AvgPool2d,
@@ -45,31 +66,23 @@ from actpress.layers.norm import (
     BatchNorm3d,
     GroupNorm,
     LayerNorm,
-    LibraryRMSNorm,
-    RMSNorm,
     batch_norm,
     group_norm,
     layer_norm,
-    rms_norm,
 )
-from actpress.layers.smooth import (
-    ELU,
-    Hardswish,
-    Mish,
-    Sigmoid,
-    Softplus,
-    Tanh,
-    elu,
-    elu_,
-    hardswish,
-    mish,
-    sigmoid,
-    sigmoid_,
-    softplus,
-    tanh,
-    tanh_,
-)
+from actpress.layers.rms_norm import LibraryRMSNorm, RMSNorm, rms_norm
 
+# Layers that need no codec, with the names of their functional forms: masks of one bit, window offsets of one byte, or nothing.
+EXACT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.ReLU: ("relu", "relu_"),
+    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
+    nn.ReLU6: ("relu6",),
+    nn.Hardtanh: ("hardtanh", "hardtanh_"),
+    nn.Hardsigmoid: ("hardsigmoid",),
+    nn.Dropout: ("dropout",),
+    nn.MaxPool2d: ("max_pool2d",),
+    nn.AvgPool2d: ("avg_pool2d",),
+}
 FUNCTIONS: dict[type[nn.Module], tuple[str, Callable]] = {
     nn.Linear: ("linear", linear),
     nn.Conv1d: ("conv1d", conv1d),
@@ -85,7 +98,9 @@ FUNCTIONS: dict[type[nn.Module], tuple[str, Callable]] = {
 
 __all__ = [
     "ELU",
+    "EXACT",
     "FUNCTIONS",
+    "GELU",
     "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -106,9 +121,11 @@ __all__ = [
     "Linear",
     "MaxPool2d",
     "Mish",
+    "Mixed",
     "RMSNorm",
     "ReLU",
     "ReLU6",
+    "SiLU",
     "Sigmoid",
     "Softplus",
     "Tanh",
@@ -122,6 +139,7 @@ __all__ = [
     "elu",
     "elu_",
     "extend",
+    "gelu",
     "group_norm",
     "hardsigmoid",
     "hardswish",
@@ -141,6 +159,7 @@ __all__ = [
     "rms_norm",
     "sigmoid",
     "sigmoid_",
+    "silu",
     "softplus",
     "tanh",
     "tanh_",

@@ -1,209 +1,260 @@
-"""Activation layers (GELU, SiLU and their kin) that keep a code of their derivative instead of their input.
+"""Activation layers that save a code of their derivative instead of their input.
 
-Stock PyTorch keeps the input x of an activation y = f(x), and the next layer keeps y: two tensors where one carries all that is
-needed. Here one autograd.Function keeps what a `Derivative` says: a code made from x and, if it asks for it, y itself, the very
-tensor the next layer keeps. dx = dy * f'(x) is then approximate by as much as the derivative is; forward outputs are stock's, bit by bit,
-unless the Derivative was asked for a kernel that computes output and code in one read of x.
+Stock PyTorch saves the input x of an activation y = f(x) for dx = dy f'(x); the next layer saves y. Here one autograd.Function saves
+what the codec says:
 
-Beside PyTorch's own layers there are those of timm and transformers that compute the same functions, found by their qualified names, so
-that neither library is imported. Each keeps the formula of its library, since the order of operations shows in the last bit.
+    derivative = True     f'(x), encoded like any tensor: it lies in a narrow interval. Where the code would be no smaller, what stock
+                          PyTorch saves is saved: the output of sigmoid and tanh, which a gate saves as well, the input of the others
+    derivative = False    a code that the codec makes of x itself, and y if it asks for it, the very tensor the next layer saves
+
+dx is approximate by as much as the derivative is. Forward outputs are stock's, bit by bit, unless the codec computes output and code in one
+pass (`Codec.forward_activation`).
+
+The modules of timm and transformers that compute the same functions are found by their qualified names: neither library is imported.
 """
 
 import inspect
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.fx import Proxy
-from torch.nn import functional as F
 
-from actpress.layers.base import Layer, probe_of, records, refuse
+from actpress.codec import Codec, Context, Dense, Kept, Like, encoded
+from actpress.layers.base import Layer, own, probe_of, records, refuse
 from actpress.layers.exact import into
+from actpress.layers.formulas import FORMULAS, Formula
 
-
-class Derivative:
-    """How the derivative of an activation is kept. A frozen dataclass, as codecs are.
-
-    function: gelu (erf), gelu_tanh, silu or quick_gelu. The code of x lies in x's memory order; `encode` also says whether that is
-    channels_last.
-    """
-
-    keeps_output = False  # is y kept beside the code?
-
-    def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
-        """x -> (uint8 code, channels_last)."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
-        """(y, code, channels_last) at once, y in the order of the code; None: stock's y is to be computed, and the code by `encode`."""
-        return None
-
-    def input_grad(self, dy: Tensor, code: Tensor, y: Tensor | None, function: str, channels_last: bool) -> Tensor:
-        """dx, of dy's shape and dtype. y is None unless `keeps_output`."""
-        raise NotImplementedError
-
-
-FORWARD = ("stock", "fused")  # what methods let choose
-
-
-class Variant(NamedTuple):
-    """One way to compute an activation. A variant of its function's name is the function's plain formula."""
-
-    compute: Callable[[Tensor], Tensor]
-    function: str
-    inplace: Callable[[Tensor], Tensor] | None = None
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _new_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def _fast_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
-
-
-def _swish(x: Tensor) -> Tensor:
-    return x.mul(x.sigmoid())
-
-
-def _swish_inplace(x: Tensor) -> Tensor:
-    return x.mul_(x.sigmoid())
-
-
-VARIANTS = {
-    "gelu": Variant(F.gelu, "gelu"),
-    "gelu_tanh": Variant(partial(F.gelu, approximate="tanh"), "gelu_tanh"),
-    "new_gelu": Variant(_new_gelu, "gelu_tanh"),
-    "fast_gelu": Variant(_fast_gelu, "gelu_tanh"),
-    "quick_gelu": Variant(_quick_gelu, "quick_gelu"),
-    "silu": Variant(F.silu, "silu", partial(F.silu, inplace=True)),
-    "swish": Variant(_swish, "silu", _swish_inplace),
-}
+FORWARD = ("stock", "fused")  # who computes the output: what methods let choose
 
 
 class _Activation(Function):
     @staticmethod
-    def forward(ctx, x, variant, inplace, derivative, origin):
-        compute, function, compute_inplace = VARIANTS[variant]
-        ctx.function, ctx.derivative, ctx.x_dtype, ctx.origin = function, derivative, x.dtype, origin
-        plain = variant == function and not inplace  # other variants are formulas of libraries, kept to the bit
-        fused = derivative.forward(x, function) if plain else None
+    def forward(ctx, x, name, options, inplace, overwritten, codec, context, origin):
+        """inplace: y is written into x here. overwritten: x will not hold its values in the backward pass."""
+        formula = FORMULAS[name]
+        plain = name == formula.function and not inplace  # formulas of libraries are kept to the bit
+        fused = codec.forward_activation(x, formula.function) if plain and not codec.derivative else None
+        ctx.dense = False
         if fused is not None:
-            y, code, ctx.channels_last = fused
-        else:
-            code, ctx.channels_last = derivative.encode(x, function)
+            y, saved = fused
+            ctx.kept = Kept(codec, Like.of(x))
+        elif codec.derivative:
+            y = formula.compute(x, *options)
+            ctx.kept, saved, ctx.dense = _keep_slope(formula, options, x, y, overwritten, codec, context)
+        else:  # before x is overwritten
+            ctx.kept, saved = Kept(codec, Like.of(x)), codec.encode_activation(x, formula.function)
             if inplace:
                 ctx.mark_dirty(x)
-            y = (compute_inplace if inplace else compute)(x)
+            y = formula.inplace(x) if inplace else formula.compute(x, *options)
+        ctx.name, ctx.options, ctx.x_dtype, ctx.origin = name, options, x.dtype, origin
         probe = probe_of(x)
-        ctx.save_for_backward(probe, code, y if derivative.keeps_output else None)
-        return y, probe
+        ctx.save_for_backward(probe, y if codec.keeps_output else None, *saved)
+        return (y if inplace else own(y)), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        probe, code, y = ctx.saved_tensors
+        probe, y, *saved = ctx.saved_tensors
+        formula = FORMULAS[ctx.name]
         with torch.no_grad():
-            dx = ctx.derivative.input_grad(dy, code, y, ctx.function, ctx.channels_last).to(ctx.x_dtype)
+            if ctx.dense:
+                dx = dy * formula.slope(saved[0], *ctx.options)
+            else:
+                dx = ctx.kept.codec.activation_grad(tuple(saved), ctx.kept.like, dy, y, formula.function)
+            dx = dx.to(ctx.x_dtype)
         (dx,) = refuse(ctx.origin, probe, dy, dx)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None, None, None
+
+
+def _keep_slope(
+    formula: Formula, options: tuple, x: Tensor, y: Tensor, overwritten: bool, codec: Codec, context: Context | None
+) -> tuple[Kept, tuple[Tensor, ...], bool]:
+    """(kept, saved, whether the input or output is saved instead of the derivative)."""
+    source = y if formula.of_output else x
+    kept, saved = encoded(codec, formula.slope(source.detach(), *options), context)
+    if isinstance(kept.codec, Dense) and (formula.of_output or not overwritten):
+        return kept, (source,), True
+    return kept, saved, False
 
 
 def activate(
-    x: Tensor, variant: str, derivative: Derivative, inplace: bool = False, origin: str | None = None
+    x: Tensor,
+    name: str,
+    codec: Codec,
+    context: Context | None = None,
+    options: tuple[float, ...] = (),
+    inplace: bool = False,
+    origin: str | None = None,
 ) -> Tensor:
-    """VARIANTS[variant] of x, keeping for backward what `derivative` says; nothing where no gradient is needed."""
+    """FORMULAS[name] of x with these options, saving for backward what `codec` says; nothing where no gradient is needed."""
+    formula = FORMULAS[name]
     if not records(x, x):
-        return (VARIANTS[variant].inplace if inplace else VARIANTS[variant].compute)(x)
-    origin = origin or f"{variant}() under {type(derivative).__name__}"
+        if inplace and formula.inplace is not None:
+            return formula.inplace(x)
+        return into(x, formula.compute(x, *options), inplace)
+    origin = origin or f"{name}() under {type(codec).__name__}"
     # compiled code decides on its own buffers; a Function with a probe may not change a view in place
-    if torch.compiler.is_compiling() or (inplace and x._is_view()):
-        return into(x, _Activation.apply(x, variant, False, derivative, origin)[0], inplace)
-    return _Activation.apply(x, variant, inplace, derivative, origin)[0]
+    here = inplace and formula.inplace is not None and not codec.derivative
+    if here and not torch.compiler.is_compiling() and not x._is_view():
+        return _Activation.apply(x, name, options, True, True, codec, context, origin)[0]
+    return into(x, _Activation.apply(x, name, options, False, inplace, codec, context, origin)[0], inplace)
 
 
-def gelu(input: Tensor, approximate: str = "none", *, derivative: Derivative, origin: str | None = None) -> Tensor:
-    """F.gelu that keeps what `derivative` says. Raises ValueError for an unknown approximation."""
+def gelu(
+    input: Tensor,
+    approximate: str = "none",
+    *,
+    codec: Codec,
+    context: Context | None = None,
+    origin: str | None = None,
+) -> Tensor:
+    """F.gelu that saves what `codec` says. Raises ValueError for an unknown approximation."""
     allowed = {"none": "gelu", "tanh": "gelu_tanh"}
     if approximate not in allowed:
         raise ValueError(f"gelu: approximate={approximate!r}, allowed: {', '.join(allowed)}")
-    return activate(input, allowed[approximate], derivative, origin=origin)
+    return activate(input, allowed[approximate], codec, context, origin=origin)
 
 
-def silu(input: Tensor, inplace: bool = False, *, derivative: Derivative, origin: str | None = None) -> Tensor:
-    """F.silu that keeps what `derivative` says."""
-    return activate(input, "silu", derivative, inplace, origin)
+def silu(input, inplace=False, *, codec, context=None, origin=None) -> Tensor:
+    """F.silu that saves what `codec` says."""
+    return activate(input, "silu", codec, context, (), inplace, origin)
 
 
-class GELU(Layer, nn.GELU):
-    """nn.GELU, erf or tanh, that keeps what `codec` says."""
+def hardswish(input, inplace=False, *, codec, context=None, origin=None) -> Tensor:
+    """F.hardswish that saves what `codec` says."""
+    return activate(input, "hardswish", codec, context, (), inplace, origin)
 
-    codec: Derivative
+
+def mish(input, inplace=False, *, codec, context=None, origin=None) -> Tensor:
+    """F.mish that saves what `codec` says."""
+    return activate(input, "mish", codec, context, (), inplace, origin)
+
+
+def elu(input, alpha=1.0, inplace=False, *, codec, context=None, origin=None) -> Tensor:
+    """F.elu that saves what `codec` says."""
+    return activate(input, "elu", codec, context, (alpha,), inplace, origin)
+
+
+def softplus(input, beta=1.0, threshold=20.0, *, codec, context=None, origin=None) -> Tensor:
+    """F.softplus that saves what `codec` says."""
+    return activate(input, "softplus", codec, context, (beta, threshold), False, origin)
+
+
+def sigmoid(input, *, codec, context=None, origin=None) -> Tensor:
+    """torch.sigmoid that saves what `codec` says."""
+    return activate(input, "sigmoid", codec, context, origin=origin)
+
+
+def tanh(input, *, codec, context=None, origin=None) -> Tensor:
+    """torch.tanh that saves what `codec` says."""
+    return activate(input, "tanh", codec, context, origin=origin)
+
+
+def sigmoid_(input, *, codec, context=None, origin=None) -> Tensor:
+    """In-place sigmoid."""
+    return activate(input, "sigmoid", codec, context, (), True, origin)
+
+
+def tanh_(input, *, codec, context=None, origin=None) -> Tensor:
+    """In-place tanh."""
+    return activate(input, "tanh", codec, context, (), True, origin)
+
+
+def elu_(input, alpha=1.0, *, codec, context=None, origin=None) -> Tensor:
+    """In-place elu."""
+    return activate(input, "elu", codec, context, (alpha,), True, origin)
+
+
+class _ActivationLayer(Layer):
+    """An activation of PyTorch that saves what `codec` says."""
+
+    options: tuple[str, ...] = ()  # attributes of the stock layer that its formula takes
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input):
             return self.stock(input)
-        return gelu(input, self.approximate, derivative=self.codec, origin=self.origin)
+        options = tuple(getattr(self, option) for option in self.options)
+        inplace = getattr(self, "inplace", False)
+        return activate(input, self.formula, self.codec, self.context, options, inplace, self.origin)
+
+    @property
+    def formula(self) -> str:
+        return type(self).__name__.lower()
 
 
-class SiLU(Layer, nn.SiLU):
-    """nn.SiLU that keeps what `codec` says."""
+class GELU(_ActivationLayer, nn.GELU):
+    @property
+    def formula(self) -> str:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[self.approximate]
 
-    codec: Derivative
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not records(input, input):
-            return self.stock(input)
-        return silu(input, self.inplace, derivative=self.codec, origin=self.origin)
+class SiLU(_ActivationLayer, nn.SiLU):
+    pass
+
+
+class Hardswish(_ActivationLayer, nn.Hardswish):
+    pass
+
+
+class Mish(_ActivationLayer, nn.Mish):
+    pass
+
+
+class ELU(_ActivationLayer, nn.ELU):
+    options = ("alpha",)
+
+
+class Softplus(_ActivationLayer, nn.Softplus):
+    options = ("beta", "threshold")
+
+
+class Sigmoid(_ActivationLayer, nn.Sigmoid):
+    pass
+
+
+class Tanh(_ActivationLayer, nn.Tanh):
+    pass
 
 
 class LibraryActivation(Layer, nn.Module):
     """Base of what takes the place of other libraries' activation modules; those have neither parameters nor buffers."""
 
-    codec: Derivative
-    variant: str
+    formula: str
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # libraries name it differently
-        inplace = VARIANTS[self.variant].inplace is not None and getattr(self, "inplace", False)
         if isinstance(x, Proxy):
             return self.stock(x)
-        return activate(x, self.variant, self.codec, inplace, self.origin)
+        inplace = FORMULAS[self.formula].inplace is not None and getattr(self, "inplace", False)
+        return activate(x, self.formula, self.codec, self.context, (), inplace, self.origin)
 
 
 class ErfGELU(LibraryActivation):
-    variant = "gelu"
+    formula = "gelu"
 
 
 class TanhGELU(LibraryActivation):
-    variant = "gelu_tanh"
+    formula = "gelu_tanh"
 
 
 class NewGELU(LibraryActivation):
-    variant = "new_gelu"
+    formula = "new_gelu"
 
 
 class FastGELU(LibraryActivation):
-    variant = "fast_gelu"
+    formula = "fast_gelu"
 
 
 class QuickGELU(LibraryActivation):
-    variant = "quick_gelu"
+    formula = "quick_gelu"
 
 
 class LibrarySiLU(LibraryActivation):
-    variant = "silu"
+    formula = "silu"
 
 
 class Swish(LibraryActivation):
-    variant = "swish"
+    formula = "swish"
 
 
 REPLACEMENTS: dict[str, type[nn.Module]] = {  # qualified name of a type -> what takes its place

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-ATTRIBUTES = ("_actpress", "codec", "context", "late_codec", "function_rules", "calls")  # that `apply` gives to modules
+ATTRIBUTES = ("_actpress", "codec", "context", "_around", "library")  # that `apply` gives to modules
 
 
 class Applied(NamedTuple):
@@ -14,6 +14,8 @@ class Applied(NamedTuple):
     method: str  # the method with the options that differ from their defaults: "Division(bits=4)"
     stock: type[nn.Module]  # the module's class before
     now: str  # the name of its class since, see class_name
+    swap: Any = None  # the edit that changed its layer, see actpress.swap.Swap
+    compiled: bool = False  # was it compiled in place?
 
 
 def of(module: nn.Module) -> Applied | None:

@@ -15,6 +15,7 @@ Such a gradient is handed through `refuse`, and whoever differentiates it gets a
 Function returns, beside its output, a probe: an empty tensor by which the gradient still hangs on all inputs of the layer, at no bytes.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -56,30 +57,43 @@ class Layer:
         raise RuntimeError(f"actpress: {self.origin} cannot be scripted; call actpress.restore(model) first")
 
 
-class Extended(Layer):
-    """Mixed in front of a library's class, which stays what it is but for its forward. The class is made at run time (`extend`)."""
+class Mixed:
+    """A mixin that `extend` puts in front of a module's class at run time; the module stays what it is but for its forward."""
 
-    mixed: tuple[type, type]  # the mixin and the library's class
+    mixed: tuple[tuple[type, ...], type]  # the mixins, the outermost first, and the class below them
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # pickle could not find the class
-        mixin, stock = self.mixed
-        made, args, *state = super().__reduce_ex__(protocol)  # as the stock class says
-        args = tuple(stock if arg is type(self) else arg for arg in args)
-        return _extended, (made, args, mixin, applied.attributes(self)), *state
+        mixins, below = self.mixed
+        made, args, *state = super().__reduce_ex__(protocol)  # as the class below says
+        args = tuple(below if arg is type(self) else arg for arg in args)
+        return _extended, (made, args, mixins, applied.attributes(self)), *state
 
 
-def extend(module: nn.Module, mixin: type[Extended]) -> None:
-    """Change the module's class to one that has `mixin` in front of it."""
-    stock = type(module)
-    module.__class__ = type(stock.__name__, (mixin, stock), {"__module__": stock.__module__, "mixed": (mixin, stock)})
+class Extended(Mixed, Layer):
+    """Mixed in front of the class of a library's layer, whose own forward still runs."""
+
+
+def extend(module: nn.Module, mixin: type[Mixed]) -> None:
+    """Change the module's class to one that has `mixin` in front of it. Its forward keeps the signature, which libraries read."""
+    cls = type(module)
+    mixins, below = cls.mixed if isinstance(module, Mixed) else ((), cls)
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    names = {"__module__": below.__module__, "__qualname__": below.__qualname__, "forward": forward}
+    mixins = (mixin, *mixins)
+    module.__class__ = type(below.__name__, (*mixins, below), {**names, "mixed": (mixins, below)})
 
 
 def _extended(
-    made: Callable[..., nn.Module], args: tuple, mixin: type[Extended], attributes: dict[str, Any]
+    made: Callable[..., nn.Module], args: tuple, mixins: tuple[type[Mixed], ...], attributes: dict[str, Any]
 ) -> nn.Module:
     module = made(*args)
     vars(module).update(attributes)
-    extend(module, mixin)
+    for mixin in reversed(mixins):
+        extend(module, mixin)
     return module
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from actpress.codec import Codec, Context, Conv, convolution_backward, keep, maps_shape, without_autocast
+from actpress.codec import Codec, Context, convolution_backward, keep, maps_shape, without_autocast
+from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.common.layout import is_channels_last
 from actpress.layers.base import Layer, compute_dtype, own, probe_of, records, refuse, shape_only
 
@@ -21,17 +22,17 @@ STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class _Conv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, conv, codec, context, origin):
-        ctx.dtype, ctx.conv, ctx.codec, ctx.x_dtype = compute_dtype(x), conv, codec, x.dtype
+        ctx.dtype, ctx.conv, ctx.x_dtype = compute_dtype(x), conv, x.dtype
         ctx.shape, ctx.origin, ctx.channels_last = x.shape, origin, is_channels_last(x)
-        ctx.like, kept = keep(codec, x, context, ctx.dtype, maps_shape(x.shape), origin)
+        ctx.kept, saved = keep(codec, x, context, ctx.dtype, maps_shape(x.shape), origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, probe, *kept)
+        ctx.save_for_backward(weight, probe, *saved)
         y = STOCK[x.dim() - 2](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        weight, probe, *kept = ctx.saved_tensors
+        weight, probe, *saved = ctx.saved_tensors
         dx = dw = db = None
         with without_autocast(dy):
             if ctx.needs_input_grad[0]:
@@ -40,17 +41,17 @@ class _Conv(Function):
                 dx = convolution_backward(dy, x, weight.to(ctx.dtype), ctx.conv, mask)[0].to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 with torch.no_grad():
-                    dw = _weight_grad(ctx, tuple(kept), dy).to(weight.dtype)
+                    dw = _weight_grad(ctx, tuple(saved), dy).to(weight.dtype)
                 (dw,) = refuse(ctx.origin, probe, dy, dw)
             if ctx.needs_input_grad[2]:
                 db = dy.sum((0, *range(2, dy.dim()))).to(weight.dtype)
         return dx, dw, db, None, None, None, None
 
 
-def _weight_grad(ctx: Any, kept: tuple[Tensor, ...], dy: Tensor) -> Tensor:
+def _weight_grad(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> Tensor:
     if dy.dim() == 4:
-        return ctx.codec.conv2d_weight_grad(kept, ctx.like, dy, ctx.conv)
-    x = ctx.codec.decode(kept, ctx.like).reshape(ctx.shape)
+        return ctx.kept.conv2d_weight_grad(saved, dy, ctx.conv)
+    x = ctx.kept.decode(saved).reshape(ctx.shape)
     return convolution_backward(dy, x, shape_only(dy, ctx.conv.weight_shape), ctx.conv, (False, True, False))[1]
 
 
@@ -72,7 +73,7 @@ def _convolution(
     stride, dilation = (_each_axis(value, axes) for value in (stride, dilation))
     if isinstance(padding, str):
         x, padding = _padded(x, padding, weight.shape[2:], dilation)
-    conv = Conv(weight.shape, stride, _each_axis(padding, axes), dilation, groups)
+    conv = ConvGeometry(weight.shape, stride, _each_axis(padding, axes), dilation, groups)
     return _Conv.apply(x, weight, bias, conv, codec, context, origin)[0]
 
 
@@ -121,7 +122,7 @@ class _ConvLayer(Layer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0,) * (input.dim() - 2)
-        conv = Conv(self.weight.shape, self.stride, padding, self.dilation, self.groups)
+        conv = ConvGeometry(self.weight.shape, self.stride, padding, self.dilation, self.groups)
         return _Conv.apply(input, self.weight, self.bias, conv, self.codec, self.context, self.origin)[0]
 
     def _zero_padding(self) -> tuple[int, ...] | None:

@@ -19,17 +19,16 @@ class _Linear(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, codec, context, origin):
-        ctx.dtype, ctx.codec, ctx.x_dtype = compute_dtype(x), codec, x.dtype
-        ctx.transposed, ctx.origin = transposed, origin
-        ctx.like, kept = keep(codec, x, context, ctx.dtype, tokens_shape(x.shape), origin)
+        ctx.dtype, ctx.x_dtype, ctx.transposed, ctx.origin = compute_dtype(x), x.dtype, transposed, origin
+        ctx.kept, saved = keep(codec, x, context, ctx.dtype, tokens_shape(x.shape), origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, probe, *kept)
+        ctx.save_for_backward(weight, probe, *saved)
         y = torch.addmm(bias, x, weight) if transposed else F.linear(x, weight, bias)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy_O, _):
-        weight, probe, *kept = ctx.saved_tensors
+        weight, probe, *saved = ctx.saved_tensors
         dx = dw = db = None
         with without_autocast(dy_O):
             if ctx.needs_input_grad[0]:
@@ -37,8 +36,8 @@ class _Linear(Function):
                 dx = (dy_O @ w.to(ctx.dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 with torch.no_grad():
-                    dy = dy_O.reshape(*ctx.like.shape[:-1], dy_O.shape[-1])
-                    dw = ctx.codec.linear_weight_grad(tuple(kept), ctx.like, dy).to(weight.dtype)
+                    dy = dy_O.reshape(*ctx.kept.like.shape[:-1], dy_O.shape[-1])
+                    dw = ctx.kept.linear_weight_grad(tuple(saved), dy).to(weight.dtype)
                 (dw,) = refuse(ctx.origin, probe, dy_O, dw.T if ctx.transposed else dw)
             if ctx.needs_input_grad[2]:
                 db = dy_O.reshape(-1, dy_O.shape[-1]).sum(0).to(weight.dtype)

@@ -11,8 +11,6 @@ hand over maps. Codecs that ask for x itself (Codec.normalised) get it, as do th
 PyTorch's own backward operations are called, with xhat as x, mean 0 and deviation 1, and what is left is a factor of dx.
 """
 
-import copy
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
 from actpress.codec import Codec, Context, keep_normalised, maps_shape
 from actpress.kernels.common.launch import directly
 from actpress.kernels.common.layout import dense
-from actpress.layers.base import Extended, Layer, differentiating_twice, own, probe_of, records, refuse, shape_only
+from actpress.layers.base import Layer, differentiating_twice, own, probe_of, records, refuse, shape_only
 
 
 class _BatchNorm(Function):
@@ -35,26 +32,26 @@ class _BatchNorm(Function):
         y, mean, invstd, _, _ = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.training, ctx.eps, ctx.codec, ctx.origin, ctx.shape = training, eps, codec, origin, x.shape
+        ctx.training, ctx.eps, ctx.origin, ctx.shape = training, eps, origin, x.shape
         spread = invstd
         if not training:  # the running statistics instead of the batch's own
             mean, spread, invstd = running_mean, running_var, _inverse_deviation(running_var, eps)
-        ctx.like, kept, ctx.normalised = None, (), True
+        ctx.kept, saved, ctx.normalised = None, (), True
         if training or ctx.needs_input_grad[1]:
 
             def normalise() -> Tensor:
                 return _normalised(x, mean, invstd)
 
-            ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
+            ctx.kept, saved, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, mean, spread, probe, *kept)
+        ctx.save_for_backward(weight, mean, spread, probe, *saved)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        weight, mean, spread, probe, *kept = ctx.saved_tensors
+        weight, mean, spread, probe, *saved = ctx.saved_tensors
         with torch.no_grad():
-            dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, spread, tuple(kept))
+            dx, dw, db = _batch_norm_backward(ctx, dy, weight, mean, spread, tuple(saved))
         if differentiating_twice():
             if ctx.training:
                 dx, dw, db = refuse(ctx.origin, probe, dy, dx, dw, db)
@@ -67,9 +64,9 @@ class _BatchNorm(Function):
         return dx, dw, db, *(None for _ in range(8))
 
 
-def _batch_norm_backward(ctx: Any, dy: Tensor, weight: Tensor | None, mean: Tensor, spread: Tensor, kept: tuple):
+def _batch_norm_backward(ctx: Any, dy: Tensor, weight: Tensor | None, mean: Tensor, spread: Tensor, saved: tuple):
     """spread: the batch's inverse deviation, in evaluation the running variance."""
-    x = ctx.codec.decode(kept, ctx.like).reshape(ctx.shape) if ctx.like else shape_only(dy, ctx.shape)
+    x = ctx.kept.decode(saved).reshape(ctx.shape) if ctx.kept else shape_only(dy, ctx.shape)
     scale, eps = weight, 0.0 if ctx.training else ctx.eps
     if ctx.normalised:
         invstd = spread if ctx.training else _inverse_deviation(spread, eps)
@@ -86,7 +83,7 @@ def _normalised(x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     if directly(x) and x.numel():  # one pass over memory, rounded to x's dtype, instead of three and a fourth to round
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.batch_norm_elemt(x.detach(), None, None, mean.to(wide), invstd.to(wide), 0.0)
-    return (_wide(x) - _by_channel(mean, x)).mul_(_by_channel(invstd, x))
+    return (upcast(x) - _by_channel(mean, x)).mul_(_by_channel(invstd, x))
 
 
 def _inverse_deviation(var: Tensor, eps: float) -> Tensor:
@@ -94,7 +91,7 @@ def _inverse_deviation(var: Tensor, eps: float) -> Tensor:
     return (var.to(torch.promote_types(var.dtype, torch.float32)) + eps).rsqrt()
 
 
-def _wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x without its graph, in at least fp32: a difference of two fp16 numbers may be too large for fp16."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
@@ -165,23 +162,23 @@ class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, shape, weight, bias, eps, codec, context, origin):
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape, ctx.codec, ctx.origin = shape, codec, origin
+        ctx.shape, ctx.origin = shape, origin
 
         def normalise() -> Tensor:
-            return (_wide(x) - mean).mul_(rstd)
+            return (upcast(x) - mean).mul_(rstd)
 
         rows = torch.Size((mean.numel(), math.prod(shape)))
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, rows, origin)
+        ctx.kept, saved, ctx.normalised = keep_normalised(codec, x, normalise, context, rows, origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, bias, None if ctx.normalised else mean, rstd, probe, *kept)
+        ctx.save_for_backward(weight, bias, None if ctx.normalised else mean, rstd, probe, *saved)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        weight, bias, mean, rstd, probe, *kept = ctx.saved_tensors
+        weight, bias, mean, rstd, probe, *saved = ctx.saved_tensors
         mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         with torch.no_grad():
-            x = ctx.codec.decode(tuple(kept), ctx.like).reshape(dy.shape)
+            x = ctx.kept.decode(tuple(saved)).reshape(dy.shape)
             mean, scale = (mean, rstd) if mean is not None else (torch.zeros_like(rstd), torch.ones_like(rstd))
             dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, scale, weight, bias, mask)
             if ctx.normalised and dx is not None:
@@ -226,22 +223,22 @@ class _GroupNorm(Function):
         n, channels, *axes = x.shape
         ctx.geometry = (n, channels, math.prod(axes), groups)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.geometry, eps)
-        ctx.shape, ctx.codec, ctx.origin = x.shape, codec, origin
+        ctx.shape, ctx.origin = x.shape, origin
 
         def normalise() -> Tensor:
-            return (_wide(x).reshape(n, groups, -1) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
+            return (upcast(x).reshape(n, groups, -1) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
 
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
+        ctx.kept, saved, ctx.normalised = keep_normalised(codec, x, normalise, context, maps_shape(x.shape), origin)
         probe = probe_of(x)
-        ctx.save_for_backward(weight, None if ctx.normalised else mean, rstd, probe, *kept)
+        ctx.save_for_backward(weight, None if ctx.normalised else mean, rstd, probe, *saved)
         return own(y), probe
 
     @staticmethod
     def backward(ctx, dy, _):
-        weight, mean, rstd, probe, *kept = ctx.saved_tensors
+        weight, mean, rstd, probe, *saved = ctx.saved_tensors
         mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         with torch.no_grad():
-            x = ctx.codec.decode(tuple(kept), ctx.like).reshape(ctx.shape).contiguous()
+            x = ctx.kept.decode(tuple(saved)).reshape(ctx.shape).contiguous()
             mean, scale = (mean, rstd) if mean is not None else (torch.zeros_like(rstd), torch.ones_like(rstd))
             dx, dw, db = torch.ops.aten.native_group_norm_backward(
                 dy.contiguous(), x, mean, scale, weight, *ctx.geometry, mask
@@ -283,128 +280,3 @@ class GroupNorm(Layer, nn.GroupNorm):
             return self.stock(input)
         keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **keeping)
-
-
-class _RMSNorm(Function):
-    """y = (offset + weight) x / rms(x) over the last `axes` axes, as `compute` rounds it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, axes, eps, offset, compute, codec, context, origin):
-        y = compute(x)
-        ctx.codec, ctx.origin, ctx.offset, ctx.x_dtype = codec, origin, offset, x.dtype
-        rows = torch.Size((math.prod(x.shape[: x.dim() - axes]), math.prod(x.shape[x.dim() - axes :])))
-        wide = _wide(x).reshape(rows)
-        rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
-        ctx.like, kept, ctx.normalised = keep_normalised(codec, x, lambda: wide * rstd, context, rows, origin)
-        probe = probe_of(x)
-        ctx.save_for_backward(weight, rstd, probe, *kept)
-        return own(y), probe
-
-    @staticmethod
-    def backward(ctx, dy, _):
-        weight, rstd, probe, *kept = ctx.saved_tensors
-        dx = dw = None
-        with torch.no_grad():
-            xhat = ctx.codec.decode(tuple(kept), ctx.like).to(rstd.dtype)
-            if not ctx.normalised:
-                xhat = xhat * rstd
-            g = dy.reshape(xhat.shape).to(rstd.dtype)
-            if ctx.needs_input_grad[1]:
-                dw = (g * xhat).sum(0).view(weight.shape).to(weight.dtype)
-            if ctx.needs_input_grad[0]:
-                g = g if weight is None else g * (weight.flatten().to(rstd.dtype) + ctx.offset)
-                dx = torch.addcmul(g, xhat, (g * xhat).mean(1, keepdim=True), value=-1)  # g may share dy's memory
-                dx = dx.mul_(rstd).reshape(dy.shape).to(ctx.x_dtype)
-        dx, dw = refuse(ctx.origin, probe, dy, dx, dw)
-        return dx, dw, None, None, None, None, None, None, None
-
-
-def rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    codec: Codec,
-    context: Context,
-    origin: str = "rms_norm()",
-) -> Tensor:
-    """F.rms_norm that keeps its input [..., *normalized_shape], normalised, as `codec` says."""
-
-    def compute(x: Tensor) -> Tensor:
-        return F.rms_norm(x, tuple(normalized_shape), weight, eps)
-
-    if not records(input, input, weight):
-        return compute(input)
-    least = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps  # as PyTorch
-    return _RMSNorm.apply(input, weight, len(normalized_shape), least, 0.0, compute, codec, context, origin)[0]
-
-
-class RMSNorm(Layer, nn.RMSNorm):
-    """nn.RMSNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not records(x, x, self.weight):
-            return self.stock(x)
-        keeping = {"codec": self.codec, "context": self.context, "origin": self.origin}
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps, **keeping)
-
-
-class LibraryRMSNorm(Extended):
-    """Another library's RMS norm over the last axis: its own forward, and what it keeps as `codec` says."""
-
-    calls: tuple[float, float]  # (eps, offset), see rms_formula
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if len(args) + len(kwargs) != 1 or not records(x, x, self.weight) or x.shape[-1:] != self.weight.shape:
-            return self.stock(*args, **kwargs)
-        eps, offset = self.calls
-        arguments = (x, self.weight, 1, eps, offset, self.stock, self.codec, self.context, self.origin)
-        return _RMSNorm.apply(*arguments)[0]
-
-
-def rms_formula(module: nn.Module) -> tuple[float, float] | None:
-    """(eps, offset) if the module computes (offset + weight) x / sqrt(mean x^2 + eps) over the last axis, offset 0 or 1; None if not.
-
-    Found by running its forward: classes of one name differ in their formulas, and modules of one class in their settings. The weights are
-    random, the features from tiny to large, one alone, in training and in evaluation.
-    """
-    weight, eps = getattr(module, "weight", None), _epsilon(module)
-    tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    if tensors != ["weight"] or weight.dim() != 1 or eps is None or next(module.children(), None) is not None:
-        return None
-    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        w, x = torch.randn(weight.shape, device="cpu"), torch.randn(6, *weight.shape, device="cpu")
-        x *= torch.tensor([math.sqrt(eps), 0.01, 0.1, 1, 100, 0], device="cpu").unsqueeze(1)
-        x[5, 0] = 1
-        normal = x * (x.square().mean(1, keepdim=True) + eps).rsqrt()
-        outputs = _outputs(module, w, (x, x.unflatten(0, (2, 3))))
-        for offset in (0.0, 1.0):
-            expected = normal * (w + offset)
-            if outputs and all(torch.allclose(y, expected, rtol=1e-4, atol=1e-6) for y in outputs):
-                return eps, offset
-    return None
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    found = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
-    return next((eps for eps in found if isinstance(eps, float)), None)
-
-
-def _outputs(module: nn.Module, weight: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """What the module, had it this weight, makes of inputs [..., features], as rows; nothing if it fails or changes a shape."""
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight)}
-    outputs = []
-    for training, x in itertools.product((True, False), inputs):
-        twin.training = training
-        try:
-            y = type(module).forward(twin, x)
-        except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, AssertionError):
-            return []  # it needs something else than such an input
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            return []
-        outputs.append(y.flatten(0, -2).float())
-    return outputs

@@ -136,7 +136,7 @@ def check(
     ours = copy.deepcopy(stock)
     report = swap.apply(ours, method)
     first_pass.remove_all(ours)
-    swap.set_epoch(ours, max((m.late_codec[0] for m in ours.modules() if hasattr(m, "late_codec")), default=0))
+    swap.set_epoch(ours, swap.start_epoch(ours))
     with torch.random.fork_rng(), torch.enable_grad():
         before, after = (saving.kept_by(net, lambda net=net: task.loss(net)) for net in (stock, ours))
         exact = _gradients(stock, task)

@@ -12,11 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from actpress.layers.activation import VARIANTS, Derivative
+from actpress.codec import Codec, Like
+from actpress.layers.formulas import FORMULAS
 
 REACH = 30.0  # inputs |x| <= REACH
 GRID = 2**20  # intervals of the uniform grid over [-REACH, REACH] that is used for fp32 and fp64
 NEAR = 2**-9  # the grid also has every fp32 number this close to the minimum, where errors are largest
+VARIANTS = [
+    name for name, formula in FORMULAS.items() if formula.function in ("gelu", "gelu_tanh", "quick_gelu", "silu")
+]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,8 +32,8 @@ class DerivativeError(NamedTuple):
     worst_x: float  # the input at which the error is largest
 
 
-def derivative_error(derivative: Derivative, variant: str, dtype: str) -> DerivativeError:
-    """Error of the codec `derivative` for one of layers.activation.VARIANTS. dtype: "fp64", "fp32", "fp16" or "bf16".
+def derivative_error(codec: Codec, variant: str, dtype: str) -> DerivativeError:
+    """Error of a codec of activations for one of layers.formulas.FORMULAS that it can encode. dtype: "fp64", "fp32", "fp16" or "bf16".
 
     fp16 and bf16 use every input up to REACH; fp32 and fp64 use a grid, and the floor is that of the grid. Raises ValueError for other
     names.
@@ -37,13 +41,14 @@ def derivative_error(derivative: Derivative, variant: str, dtype: str) -> Deriva
     for what, value, allowed in (("variant", variant, VARIANTS), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise ValueError(f"derivative_error: {what}={value!r}, allowed: {', '.join(allowed)}")
-    compute, function, _ = VARIANTS[variant]
+    compute, function = FORMULAS[variant].compute, FORMULAS[variant].function
     x = inputs(function, dtype)
     y = compute(x)
-    code, channels_last = derivative.encode(x, function)
+    kept = codec.encode_activation(x, function)
     # An upstream gradient that does not round d.
     ones = torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    d = derivative.input_grad(ones, code, y if derivative.keeps_output else None, function, channels_last).double()
+    output = y if codec.keeps_output else None
+    d = codec.activation_grad(kept, Like.of(x), ones, output, function).double()
     exact, probability = slope(x.double(), function), normal_probability(x.double())
     error = (d - exact).abs()
     nearest, mean = _best_for_outputs(y.double(), x.double() < minimum(function), exact, probability)

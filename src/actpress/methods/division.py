@@ -46,10 +46,7 @@ from actpress.swap import Method, Replacement
 
 @dataclass(frozen=True)
 class DivisionCodec(Codec):
-    """Block means and Q-bit rest of maps [N, C, H, W], or of tokens [N, L, F] seen as maps [N, F, L, 1]: a row for each feature.
-
-    A tensor whose code would be no smaller than the tensor itself (maps of 1x1) is kept dense.
-    """
+    """Block means and Q-bit rest of maps [N, C, H, W], or of tokens [N, L, F] seen as maps [N, F, L, 1]: a row for each feature."""
 
     block: int
     bits: int
@@ -66,25 +63,24 @@ class DivisionCodec(Codec):
     def normalised(self) -> bool:  # the official code takes inputs of batch norms as they are
         return self.align == "ceil"
 
-    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0:
-            return (x,)
-        maps = self._as_maps(x)
-        format = self._format(maps.shape)
-        if code_bytes(maps.shape, format) >= x.numel() * x.itemsize:
-            return (x,)
-        return encode(maps, context, format)
+    def nbytes(self, like: Like) -> int:
+        shape = self._maps_shape(like.shape)
+        return code_bytes(shape, self._format(shape))
 
-    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1:
-            return kept[0]
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        maps = self._as_maps(x)
+        return encode(maps, context, self._format(maps.shape))
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like, mask: Tensor | None = None) -> Tensor:
         shape, channels_last = like.shape, like.channels_last
         if self.layout == "tokens":
             maps = self._as_maps(torch.empty(shape, device="meta"))
             shape, channels_last = maps.shape, is_channels_last(maps)
-        mask = kept[4] if len(kept) > 4 else None
-        maps = decode(Code(*kept[:4]), shape, like.dtype, channels_last, self._format(shape), mask)
+        maps = decode(Code(*kept), shape, like.dtype, channels_last, self._format(shape), mask)
         return maps.squeeze(3).transpose(1, 2) if self.layout == "tokens" else maps
+
+    def _maps_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((shape[0], shape[2], shape[1], 1)) if self.layout == "tokens" else shape
 
     def _as_maps(self, x: Tensor) -> Tensor:
         return x.contiguous().transpose(1, 2).unsqueeze(3) if self.layout == "tokens" else x

@@ -11,40 +11,46 @@ this needs nothing of the next layer: dropout or frozen weights may follow.
 The 2-bit relatives ReGELU2 and ReSiLU2 (ICML 2024, arXiv 2406.16282) fit the function instead of its derivative.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from actpress import layers
+from actpress.codec import Codec, Like
 from actpress.kernels import few_bit
 from actpress.kernels.common import check, launch
-from actpress.kernels.common.layout import is_channels_last
 from actpress.layers import activation
-from actpress.layers.activation import FORWARD, Derivative
 from actpress.swap import Method, Replacement
 
 
 @dataclass(frozen=True)
-class Interval(Derivative):
-    """In which of 2^bits intervals the input lies.
+class Interval(Codec):
+    """In which of 2^bits intervals an activation's input lies.
 
     fused: on a GPU, compute the output and the code in one read of the input.
     """
 
     bits: int
     fused: bool = False
+    derivative = False
 
-    def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
-        return few_bit.encode(x, function, self.bits), is_channels_last(x)
+    def nbytes(self, like: Like) -> int:
+        return few_bit.code_bytes(math.prod(like.shape), self.bits)
 
-    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
+    def encode_activation(self, x: Tensor, function: str) -> tuple[Tensor, ...]:
+        return (few_bit.encode(x, function, self.bits),)
+
+    def forward_activation(self, x: Tensor, function: str) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         if not (self.fused and launch.on_gpu(x)):
             return None
-        return (*few_bit.forward(x, function, self.bits), is_channels_last(x))
+        y, code = few_bit.forward(x, function, self.bits)
+        return y, (code,)
 
-    def input_grad(self, dy: Tensor, code: Tensor, y: None, function: str, channels_last: bool) -> Tensor:
-        return few_bit.input_grad(dy, code, function, self.bits, channels_last)
+    def activation_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, y: None, function: str) -> Tensor:
+        return few_bit.input_grad(dy, *kept, function, self.bits, like.channels_last)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class FewBit(Method):
     forward: str = "stock"
 
     def __post_init__(self):
-        check.one_of(self, bits=few_bit.BITS, forward=FORWARD)
+        check.one_of(self, bits=few_bit.BITS, forward=activation.FORWARD)
 
     @property
     def codec(self) -> Interval:
@@ -74,7 +80,7 @@ class FewBit(Method):
         return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(activation, name), derivative=self.codec) for name in ("gelu", "silu")}
+        return {name: partial(getattr(layers, name), codec=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activation.layer_for(module)

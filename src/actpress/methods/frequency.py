@@ -22,7 +22,7 @@ from actpress.kernels.common import check
 from actpress.kernels.common.bits import BITS
 from actpress.kernels.common.layout import dense_as, is_channels_last
 from actpress.kernels.common.rounding import saturated
-from actpress.kernels.frequency import TRANSFORMS, back_reference, low_reference
+from actpress.kernels.frequency import TRANSFORMS, back_reference, low_bytes, low_reference
 from actpress.methods.rules import exact, exact_functions, with_codec
 from actpress.swap import Method, Replacement
 
@@ -31,7 +31,7 @@ PARTS = ("both", "low", "high")
 
 @dataclass(frozen=True)
 class FrequencyCodec(Codec):
-    """Low and high part of maps [N, C, H, W]; dense where that would be no smaller."""
+    """Low and high part of maps [N, C, H, W]."""
 
     block: int
     bits: int
@@ -42,9 +42,11 @@ class FrequencyCodec(Codec):
     def _format(self) -> quantize.Format:
         return quantize.Format("channel", 1, self.bits)
 
+    def nbytes(self, like: Like) -> int:
+        low = low_bytes(like.shape, self.block) if self.parts != "high" else 0
+        return low + (quantize.code_bytes(like.shape, self._format) if self.parts != "low" else 0)
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0:
-            return (x,)
         maps = x.float()
         low = low_reference(maps, self.block, self.transform)
         kept = (low,) if self.parts != "high" else ()
@@ -52,11 +54,9 @@ class FrequencyCodec(Codec):
             rest = maps - back_reference(low, tuple(x.shape[2:]), self.block, self.transform, maps.dtype)
             rest = dense_as(rest, is_channels_last(x))  # as `decode` will be told, whatever strides x has
             kept = (*kept, *quantize.encode_reference(rest, context.uniform_like(rest), self._format))
-        return kept if sum(t.numel() * t.itemsize for t in kept) < x.numel() * x.itemsize else (x,)
+        return kept
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1 and kept[0].shape == like.shape:  # a low part is smaller, or all of a map there is
-            return kept[0].to(like.dtype)
         parts = []
         if self.parts != "high":
             low, *kept = kept

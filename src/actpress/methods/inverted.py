@@ -15,40 +15,48 @@ another layer keeps x. In-place changes of y by the next operation (an in-place 
 Prior art: Tempo (NeurIPS 2022), in-place GELU from its output and a mask.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from actpress import layers
+from actpress.codec import Codec, Like
 from actpress.kernels import inverted
 from actpress.kernels.common import check, launch
-from actpress.kernels.common.layout import is_channels_last
+from actpress.kernels.common.bits import packed_bytes
 from actpress.layers import activation
-from actpress.layers.activation import FORWARD, Derivative
-from actpress.methods import output_sharing
 from actpress.swap import Method, Replacement
 
 
 @dataclass(frozen=True)
-class FromOutput(Derivative):
-    """One bit per element, and the output.
+class FromOutput(Codec):
+    """One bit per element of an activation's input, and its output.
 
     fused: on a GPU, compute both in one read of the input. decoder: one of inverted.DECODERS.
     """
 
     fused: bool = False
     decoder: str = "fine"
+    derivative = False
     keeps_output = True
 
-    def encode(self, x: Tensor, function: str) -> tuple[Tensor, bool]:
-        return inverted.left_bits(x, function), is_channels_last(x)
+    def nbytes(self, like: Like) -> int:
+        return packed_bytes(math.prod(like.shape), 1)
 
-    def forward(self, x: Tensor, function: str) -> tuple[Tensor, Tensor, bool] | None:
-        return (*inverted.forward(x, function), is_channels_last(x)) if self.fused and launch.on_gpu(x) else None
+    def encode_activation(self, x: Tensor, function: str) -> tuple[Tensor, ...]:
+        return (inverted.left_bits(x, function),)
 
-    def input_grad(self, dy: Tensor, code: Tensor, y: Tensor, function: str, channels_last: bool) -> Tensor:
-        return inverted.input_grad(dy, y, code, inverted.decoded_by(function, self.decoder), channels_last)
+    def forward_activation(self, x: Tensor, function: str) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        if not (self.fused and launch.on_gpu(x)):
+            return None
+        y, bits = inverted.forward(x, function)
+        return y, (bits,)
+
+    def activation_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, y: Tensor, function: str) -> Tensor:
+        return inverted.input_grad(dy, y, *kept, inverted.decoded_by(function, self.decoder), like.channels_last)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Inverted(Method):
     decoder: str = "fine"
 
     def __post_init__(self):
-        check.one_of(self, forward=FORWARD, decoder=inverted.DECODERS)
+        check.one_of(self, forward=activation.FORWARD, decoder=inverted.DECODERS)
 
     @property
     def codec(self) -> FromOutput:
@@ -77,11 +85,8 @@ class Inverted(Method):
         return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(activation, name), derivative=self.codec) for name in ("gelu", "silu")}
+        return {name: partial(getattr(layers, name), codec=self.codec) for name in ("gelu", "silu")}
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activation.layer_for(module)
         return None if layer is None else Replacement(layer, self.codec)
-
-    def attach(self, model: nn.Module) -> None:
-        output_sharing.watch(model)

@@ -16,6 +16,7 @@ align="authors", relu="stock" is the official code: floor-mode pooling, one pool
 "block 1" baseline copies every conv input.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,8 +24,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from actpress import layers
-from actpress.codec import Codec, Context, Conv, Like
+from actpress.codec import Codec, Context, Like
 from actpress.kernels.common import check
+from actpress.kernels.common.geometry import ConvGeometry
 from actpress.kernels.pooling import ALIGN, PooledConv, conv2d_weight_grad, pool, pool_max, upsample_reference
 from actpress.methods.rules import exact, exact_functions
 from actpress.swap import Method, Replacement
@@ -45,9 +47,19 @@ class PoolingCodec(Codec):
     def shared(self) -> bool:  # the official code pools once per reader
         return self.align == "ceil"
 
+    def nbytes(self, like: Like) -> int:
+        n, c, *size = like.shape
+        kernel = [min(self.block, length) for length in size]
+        up = self.align == "ceil"
+        blocks = [-(-length // k) if up else length // k for length, k in zip(size, kernel, strict=True)]
+        return n * c * math.prod(blocks) * like.dtype.itemsize
+
+    def is_smaller(
+        self, like: Like
+    ) -> bool:  # a map no larger than a block is copied all the same, as in the official code
+        return self.block > 1 or self.align == "authors"
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0 or (self.block == 1 and self.align == "ceil"):
-            return (x,)
         return (REDUCE[self.reduce](x, self.block, self.align),)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
@@ -55,7 +67,7 @@ class PoolingCodec(Codec):
             return kept[0]
         return upsample_reference(kept[0], tuple(like.shape[2:]), self.block, self.align)
 
-    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: Conv) -> Tensor:
+    def conv2d_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor, conv: ConvGeometry) -> Tensor:
         if kept[0].shape == like.shape:
             return super().conv2d_weight_grad(kept, like, dy, conv)
         return conv2d_weight_grad(kept[0], dy, PooledConv(conv, tuple(like.shape[2:]), self.block, self.align))

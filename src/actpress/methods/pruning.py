@@ -42,32 +42,27 @@ PATCH_EMBEDDING = ("stem", "stem.*", "patch_embed", "patch_embed.*")
 
 @dataclass(frozen=True)
 class BlockPruningCodec(Codec):
-    """The highest-scored, or sampled, blocks of inputs [..., F], seen as a matrix with a row for each token.
-
-    Dense at sparsity 0, and where the code would be no smaller than the tensor.
-    """
+    """The highest-scored, or sampled, blocks of inputs [..., F], seen as a matrix with a row for each token. Dense at sparsity 0."""
 
     sparsity: float
     block: tuple[int, int]
     select: str
 
+    def nbytes(self, like: Like) -> int:
+        return code_bytes(block_grid(like.shape, self.block), self.sparsity, like.dtype.itemsize)
+
+    def is_smaller(self, like: Like) -> bool:
+        return self.sparsity > 0 and super().is_smaller(like)
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if self.sparsity == 0 or x.numel() == 0:
-            return (x,)
         grid = block_grid(x.shape, self.block)
-        if code_bytes(grid, self.sparsity, x.itemsize) >= x.numel() * x.itemsize:
-            return (x,)
         noise = context.uniform_like(x.new_empty(1)) if self.select == "sample" else None
         return encode(x, grid, kept_blocks(grid, self.sparsity), noise)
 
     def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1:
-            return kept[0]
         return decode(Blocks(*kept), block_grid(like.shape, self.block)).reshape(like.shape)
 
     def linear_weight_grad(self, kept: tuple[Tensor, ...], like: Like, dy: Tensor) -> Tensor:
-        if len(kept) == 1:
-            return super().linear_weight_grad(kept, like, dy)
         return weight_grad(Blocks(*kept), dy, block_grid(like.shape, self.block))
 
 

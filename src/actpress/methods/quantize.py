@@ -42,7 +42,7 @@ LEVELS = ("affine", "normal")
 
 @dataclass(frozen=True)
 class QuantizeCodec(Codec):
-    """Q-bit codes of tensors of any shape; dense where the code would be no smaller."""
+    """Q-bit codes of tensors of any shape."""
 
     bits: int
     grouping: str
@@ -54,45 +54,40 @@ class QuantizeCodec(Codec):
     def _format(self) -> Format:
         return Format(self.grouping, self.size, self.bits)
 
-    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        format = self._format
-        if x.numel() == 0 or code_bytes(x.shape, format) >= x.numel() * x.itemsize:
-            return (x,)
-        source = context if self.rounding == "stochastic" else None
-        return encode(x, source, format)
+    def nbytes(self, like: Like) -> int:
+        return code_bytes(like.shape, self._format)
 
-    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1:
-            return kept[0]
-        return _masked(decode(Code(*kept[:3]), *like, self._format), kept[3:], like)
+    def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        source = context if self.rounding == "stochastic" else None
+        return encode(x, source, self._format)
+
+    def decode(self, kept: tuple[Tensor, ...], like: Like, mask: Tensor | None = None) -> Tensor:
+        return _masked(decode(Code(*kept), *like, self._format), mask, like)
 
 
 @dataclass(frozen=True)
 class NormalCodec(Codec):
-    """Codes of maps [N, C, H, W], normalised per channel, in fixed levels; dense where the code would be no smaller."""
+    """Codes of maps [N, C, H, W], normalised per channel, in fixed levels."""
 
     levels: tuple[float, ...]
     rounding: str
     relu_mask: bool = False
     normalised = False  # it normalises by itself
 
+    def nbytes(self, like: Like) -> int:
+        return lloyd_max.code_bytes(like.shape, self.levels)
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        if x.numel() == 0 or lloyd_max.code_bytes(x.shape, self.levels) >= x.numel() * x.itemsize:
-            return (x,)
         noise = context.uniform_like(x) if self.rounding == "stochastic" else None
         return lloyd_max.encode_reference(x, noise, self.levels)
 
-    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1:
-            return kept[0]
-        return _masked(lloyd_max.decode_reference(lloyd_max.Code(*kept[:3]), *like, self.levels), kept[3:], like)
+    def decode(self, kept: tuple[Tensor, ...], like: Like, mask: Tensor | None = None) -> Tensor:
+        return _masked(lloyd_max.decode_reference(lloyd_max.Code(*kept), *like, self.levels), mask, like)
 
 
-def _masked(x: Tensor, masks: tuple[Tensor, ...], like: Like) -> Tensor:
-    """x, zero where the mask, if there is one, is 0: as the gradient of a ReLU is."""
-    for packed in masks:
-        x = relu_backward(x, packed, like.channels_last)
-    return x
+def _masked(x: Tensor, mask: Tensor | None, like: Like) -> Tensor:
+    """x, zero where the packed mask, if there is one, is 0: as the gradient of a ReLU is."""
+    return x if mask is None else relu_backward(x, mask, like.channels_last)
 
 
 @dataclass(frozen=True)

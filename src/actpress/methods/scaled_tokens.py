@@ -7,6 +7,7 @@ divided by its root mean square before it is coded, and multiplied by it after d
 Source: none, this is ours.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,7 @@ from actpress.kernels.common.rounding import saturated
 class ScaledTokens(Codec):
     """Keeps tokens [N, L, F] as `codec` keeps them once each is divided by its root mean square (bf16 [N, L, 1]).
 
-    The tensor is kept dense where the code would be no smaller. A token stays as it is where its root mean square is zero, below 2^-126 or
-    not finite.
+    A token stays as it is where its root mean square is zero, below 2^-126 or not finite.
     """
 
     codec: Codec  # of tokens, such as QuantizeCodec
@@ -34,21 +34,18 @@ class ScaledTokens(Codec):
     def relu_mask(self) -> bool:
         return self.codec.relu_mask
 
+    def nbytes(self, like: Like) -> int:
+        return self.codec.nbytes(like) + 2 * math.prod(like.shape[:-1])
+
     def encode(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm / x.shape[-1] ** 0.5).to(torch.bfloat16)
         usable = scale.isfinite() & (scale >= torch.finfo(scale.dtype).tiny)
         scale = torch.where(usable, scale, torch.ones_like(scale))
-        kept = (scale, *self.codec.encode((x / scale).to(x.dtype), context))
-        return (x,) if len(kept) == 2 or _bytes(*kept) >= _bytes(x) else kept
+        return (scale, *self.codec.encode((x / scale).to(x.dtype), context))
 
-    def decode(self, kept: tuple[Tensor, ...], like: Like) -> Tensor:
-        if len(kept) == 1:
-            return kept[0]
+    def decode(self, kept: tuple[Tensor, ...], like: Like, mask: Tensor | None = None) -> Tensor:
         scale, *codes = kept
-        return saturated(self.codec.decode(tuple(codes), like) * scale, like.dtype)
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)  # Tensor.nbytes does not take symbolic sizes
+        named = {} if mask is None else {"mask": mask}
+        return saturated(self.codec.decode(tuple(codes), like, **named) * scale, like.dtype)

@@ -1,21 +1,21 @@
 """Functions that a network calls by themselves (F.relu in a forward method) instead of as modules.
 
-A method can replace them too: the module whose forward calls one runs it under a mode that hands the call to the method's function. Which
-functions a module calls is read from its source (actpress.swap.calls); what no rule covers ends up in the report.
+A method can replace them too: the module whose forward calls one runs inside `Functions`, a mode that hands the call to the method's
+function. Which functions a module calls is read from its source (swap/calls.py); what no rule covers ends up in the report.
 
 One name has several functions in PyTorch, some with other arguments: F.batch_norm and torch.batch_norm, F.dropout and torch.dropout. A
 method's function has the arguments of torch.nn.functional's, or of torch's where there is none there; calls of the others are translated.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from actpress.layers import applied
 from actpress.measure.saved import CHECKPOINT, active_hooks, hook_name
 from actpress.swap.calls import variants
 
@@ -98,56 +98,21 @@ def table_of(rules: Mapping[str, Callable]) -> dict[Callable, Callable]:
     }
 
 
-class Intercepted:
-    """Mixed in front of a module's class: its forward runs under Replacing."""
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """What an `Around` edit calls to replace functions: those named in `rules`, called in the module's forward or below it, are ours."""
 
-    function_rules: Mapping[str, Callable]
-    stock_type: type[nn.Module]
+    rules: Mapping[
+        str, Callable
+    ]  # name of a function, such as relu -> ours, with the arguments of torch.nn.functional's
 
-    def __reduce_ex__(self, protocol: int) -> tuple:  # the class is made at run time, pickle could not find it
-        made, args, *state = super().__reduce_ex__(protocol)  # as the stock class says
-        args = tuple(self.stock_type if arg is type(self) else arg for arg in args)
-        return _rebuild, (made, args, applied.attributes(self)), *state
-
-
-def intercept(module: nn.Module, rules: Mapping[str, Callable]) -> None:
-    """From now on the functions named in `rules`, called in the module's forward or below it, are what the rules say.
-
-    A second call adds rules; of two for one name the first stays.
-    """
-    stock = stock_class(module)
-
-    @functools.wraps(stock.forward)  # libraries read its signature
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # nothing is kept
-            return stock.forward(self, *args, **kwargs)
-        with Replacing(table_of(self.function_rules)):
-            return stock.forward(self, *args, **kwargs)
-
-    names = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "stock_type": stock,
-        "forward": forward,
-    }
-    rules = {**rules, **vars(module).get("function_rules", {})}
-    module.__class__ = type(stock.__name__, (Intercepted, stock), names)
-    vars(module)["function_rules"] = rules
+    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        with Replacing(table_of(self.rules)):
+            return forward(*args, **kwargs)
 
 
-def release(module: nn.Module) -> dict[str, Callable]:
-    """Undo `intercept`; returns the rules that the module had."""
-    module.__class__ = stock_class(module)
-    return module.__dict__.pop("function_rules", {})
-
-
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without what `intercept` mixed in."""
-    return module.stock_type if isinstance(module, Intercepted) else type(module)
-
-
-def _rebuild(made: Callable[..., nn.Module], args: tuple, attributes: dict[str, Any]) -> nn.Module:
-    module = made(*args)
-    vars(module).update(attributes)
-    intercept(module, attributes["function_rules"])
-    return module
+def bound(function: Callable, **known: Any) -> Callable:
+    """The function with those of the `known` arguments that it takes."""
+    takes = inspect.signature(function).parameters
+    given = {name: value for name, value in known.items() if name in takes}
+    return functools.partial(function, **given) if given else function

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from actpress import layers
-from actpress.layers.norm import rms_formula
-from actpress.swap.functional import Replacing, table_of
+from actpress.layers.rms_norm import rms_formula
+from actpress.swap.functional import Functions
 
 # qualified name -> the stock type that it stands in for, and the function that its forward calls
 STANDS_FOR: dict[str, tuple[type[nn.Module], str, Callable]] = {
@@ -32,20 +32,18 @@ NEVER_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)  # nn.Multih
 class Calling(layers.Extended):
     """A layer of a library. Its own forward runs; the call of one function in it is handed to ours."""
 
-    calls: tuple[str, Callable]  # name of the function, and ours
-    function_rules: Mapping[str, Callable] = {}  # others, as for functional.intercept
+    library: tuple[str, Callable]  # name of the function, and ours
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, ours = self.calls
+        name, ours = self.library
         ours = partial(ours, codec=self.codec, context=self.context, origin=self.origin)
-        with Replacing(table_of({**self.function_rules, name: ours})):
-            return self.stock(*args, **kwargs)
+        return Functions({name: ours})(self.stock, *args, **kwargs)
 
 
 def stand_in(
     module: nn.Module, rules: Mapping[type[nn.Module], Any]
 ) -> tuple[type[nn.Module], type, tuple | None] | None:
-    """(the stock type whose rule holds for this module, the mixin that takes its place, the mixin's `calls`); None if there is none."""
+    """(the stock type whose rule holds for this module, the mixin that takes its place, the mixin's `library`); None if there is none."""
     cls = type(module)
     if isinstance(module, (layers.Layer, LazyModuleMixin, *NEVER_CALLED)):
         return None

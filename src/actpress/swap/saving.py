@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from actpress.layers import Extended, applied
 from actpress.measure.saved import SavedBytes, active_hooks, pieces, storage_key
 from actpress.swap import first_pass
-from actpress.swap.functional import Intercepted
+from actpress.swap.state import has_started, set_epoch, start_epoch
 
 MIB = 2**20
 NAMED = 4  # dense types that a warning names
@@ -184,9 +184,7 @@ def kept(model: nn.Module, inputs: Inputs) -> Kept:
     """Of a training forward pass of a copy of the model; the model and the state of random generators are left alone."""
     twin = copy.deepcopy(model).train()
     first_pass.remove_all(twin)
-    for module in twin.modules():
-        if hasattr(module, "late_codec"):  # as it is once it has started
-            module.codec = module.late_codec[1]
+    set_epoch(twin, start_epoch(twin))  # as it is once all of it has started
     with torch.random.fork_rng(), torch.enable_grad():
         return kept_by(twin, lambda: inputs.call(twin))
 
@@ -232,10 +230,9 @@ class _Watch(first_pass.FirstPass):
     def wants(self, model: nn.Module) -> bool:
         hooks = active_hooks()
         free = hooks is None or isinstance(_measuring(hooks[0]), SavedBytes)
-        started = all(m.context.epoch >= m.late_codec[0] for m in model.modules() if hasattr(m, "late_codec"))
         whole = all(len(pieces(p)) == 1 and pieces(p)[0] is p for p in model.parameters())  # no shards
         plain = whole and not any(is_lazy(p) for p in model.parameters())
-        return free and started and plain and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        return free and has_started(model) and plain and torch._C._autograd._saved_tensors_hooks_is_enabled()
 
     def start(self, model: nn.Module) -> None:
         self.owners = _Estimate(model)
@@ -272,7 +269,7 @@ class _Estimate(Owners):
     def _see_module(self, module: nn.Module, args: Any) -> None:
         super()._see_module(module, args)
         note = applied.of(module)
-        if note is None or isinstance(module, Intercepted) or issubclass(note.stock, (*KEEP_OUTPUT, _DropoutNd)):
+        if note is None or note.swap is None or issubclass(note.stock, (*KEEP_OUTPUT, _DropoutNd)):
             return
         product = issubclass(note.stock, PRODUCTS)
         for x in tree_leaves(args):
@@ -328,12 +325,13 @@ def _is_dense(piece: Piece, modules: Mapping[str, nn.Module]) -> bool:
     """Replaced modules keep codes. Those of which functions were replaced keep codes in integers, and other tensors; a library's layer,
     which keeps its own forward, may compute its weight (weight standardisation), and stock PyTorch keeps that too."""
     module, tensor = modules[piece.owner], piece.tensor
-    if applied.of(module) is None:
+    note = applied.of(module)
+    if note is None:
         return True
     if isinstance(module, Extended):
         sizes = {p.numel() for p in module.parameters(recurse=False) if p.dim() > 1}
         return tensor.is_floating_point() and tensor.numel() in sizes
-    return isinstance(module, Intercepted) and tensor.is_floating_point()
+    return note.swap is None and tensor.is_floating_point()
 
 
 def _kept(found: Iterable[Piece], modules: Mapping[str, nn.Module]) -> Kept:

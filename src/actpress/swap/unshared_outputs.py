@@ -15,8 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from actpress.codec import Dense
-from actpress.layers.activation import Derivative
+from actpress.codec import Codec, Dense
 from actpress.swap.first_pass import FirstPass
 
 PASSING = (nn.Identity, nn.Flatten, nn.Unflatten)  # hand on the same memory and keep nothing
@@ -30,7 +29,7 @@ class _Output(NamedTuple):
 def watch(model: nn.Module) -> None:
     """Check, once, on the first training forward pass, that what the model's activations keep is kept by others too.
 
-    Activations are modules with a Derivative that keeps the output. Issues one UserWarning that names them.
+    Issues one UserWarning that names them.
     """
     _Sharing().attach(model)
 
@@ -75,7 +74,7 @@ class _Sharing(FirstPass):
 def keeps_output(module: nn.Module) -> bool:
     """Is this an activation that keeps its output for backward?"""
     codec = getattr(module, "codec", None)
-    return isinstance(codec, Derivative) and codec.keeps_output
+    return isinstance(codec, Codec) and codec.keeps_output
 
 
 def why_not_kept(module: nn.Module, x: Tensor) -> str | None:
