@@ -61,8 +61,8 @@ def decoded(monkeypatch):
     def run(net, x):
         results, decode = [], type(net.reader.codec).decode
 
-        def spy(codec, kept, like):
-            results.append((decode(codec, kept, like), len(kept)))
+        def spy(codec, kept, like, mask=None):
+            results.append((decode(codec, kept, like, mask), len(kept) + (mask is not None)))
             return results[-1][0]
 
         with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpress
-from actpress.codec import Context, Like, encoded
+from actpress.codec import Context, Kept, Like, encoded
 from actpress.methods import Division, Quantize
 from actpress.methods.quantize import QuantizeCodec
 from actpress.methods.scaled_tokens import ScaledTokens
@@ -111,7 +111,7 @@ def test_a_relu_mask_makes_exact_zeros():
         hidden = net[1](net[0](x))
         y = net[2](hidden)  # held: up to PyTorch 2.11 what a node saved goes with the output
         codes = [t for t in y.grad_fn.saved_tensors if t.numel() and not isinstance(t, nn.Parameter)]
-        decoded[masked] = net[2].codec.decode(tuple(codes), like(hidden))
+        decoded[masked] = Kept(net[2].codec, like(hidden), masked).decode(tuple(codes))
         actpress.restore(net)
     zero = hidden == 0
     assert decoded[True][zero].eq(0).all() and not decoded[False][zero].eq(0).all()

@@ -1,0 +1,53 @@
+"""torch.compile within a budget: exact gradients, fewer bytes, undone by restore."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import actpress
+from actpress import measure
+from actpress.methods import CompileBudget
+
+
+def net():
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)))
+
+
+def saved(budget: float, x: torch.Tensor) -> tuple[int, torch.Tensor]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = net()
+    actpress.apply(model, CompileBudget(budget))
+    with measure.SavedBytes(casts=False) as counted:
+        loss = model(x).square().sum()
+    kept = counted.bytes
+    loss.backward()
+    return kept, model[0][0].weight.grad
+
+
+@pytest.mark.slow
+def test_a_smaller_budget_saves_fewer_bytes_and_the_gradients_stay_exact():
+    x = torch.randn(256, 32)
+    (much, first), (little, second) = saved(1.0, x), saved(0.2, x)
+    assert little < much
+    torch.manual_seed(0)
+    stock = net()
+    stock(x).square().sum().backward()
+    for found in (first, second):
+        torch.testing.assert_close(found, stock[0][0].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_restore_takes_the_compilation_away():
+    model = net()
+    twin = copy.deepcopy(model)
+    report = actpress.apply(model, CompileBudget())
+    assert report.replaced == {"forward()": ("nn.Sequential", "nn.Sequential under CompileBudget")}
+    assert actpress.restore(model) == [""] and vars(model).keys() == vars(twin).keys()
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.5, True, "half"])
+def test_refuses_other_budgets(budget):
+    with pytest.raises(ValueError, match=r"CompileBudget: budget=.*, allowed: 0 <= budget <= 1"):
+        CompileBudget(budget)
