@@ -85,6 +85,6 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
+def train_command(folder: Path, *overrides: str) -> list[str]:
     paths = (f"paths.outputs={folder}/outputs", f"paths.records={folder}/runs")
     return [sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL, *paths, *overrides]

@@ -1,8 +1,8 @@
-"""Run tests with the oldest supported versions: constraints-oldest.txt, in an environment of its own.
+"""Run tests with the oldest supported versions, those of constraints-oldest.txt, in an environment of their own.
 
 python3.12 scripts/dev/oldest.py short    the contract of layers and all kernels in Triton's interpreter
-python3.12 scripts/dev/oldest.py full     also layers, ops and what PyTorch's versions differ in; written to results/versions.json
-python3.12 scripts/dev/oldest.py render   the line of README.md that says so, from that record; --check: exit 1 where it is another
+python3.12 scripts/dev/oldest.py full     also layers, ops and what differs between versions of PyTorch; written to results/versions.json
+python3.12 scripts/dev/oldest.py render   the line of README.md from that record; --check: write nothing, exit 1 if the line differs
 
 The environment is OLDEST_VENV, .venv-oldest if unset. The Python that runs this script makes it, anew when the versions change. The script
 needs nothing but the standard library.
@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS, RECORD, README = ROOT / "constraints-oldest.txt", ROOT / "results" / "versions.json", ROOT / "README.md"
+ENVIRONMENT = ("python", "torch", "torchvision", "triton", "numpy", "timm", "commit", "dirty")
 LINE = re.compile(r"(<!-- oldest versions -->\n)(?:.*\n)?(<!-- end -->)")
 
 KERNELS = ["methods/test_contract.py", "kernels", "scripts/dev/test_reductions.py"]
@@ -38,7 +39,7 @@ FORMS = {
 
 
 def installed() -> Path:
-    """The environment's Python; the environment is made first where it is missing or of other versions."""
+    """The environment's Python; the environment is created first if it is missing or has other versions."""
     folder = ROOT / os.environ.get("OLDEST_VENV", ".venv-oldest")
     python, stamp = folder / "bin" / "python", folder / ".actpress-installed"
     versions = CONSTRAINTS.read_text()
@@ -56,7 +57,7 @@ def installed() -> Path:
 
 
 def tested(python: Path, form: str) -> dict:
-    """Runs the tests of a form -> its record."""
+    """Run the tests of a form. Returns its record."""
     patterns, options = FORMS[form]
     files = [str(file.relative_to(ROOT)) for pattern in patterns for file in sorted((ROOT / "tests").glob(pattern))]
     report = ROOT / "outputs" / "oldest.xml"
@@ -88,28 +89,23 @@ def tested(python: Path, form: str) -> dict:
     return {
         "form": form,
         "date": datetime.now(UTC).date().isoformat(),
-        **versions_of(python),
+        **environment_of(python),
         "passed": counts["tests"] - failed - counts["skipped"],
         "failed": failed,
         "skipped": counts["skipped"],
         "seconds": round(time.monotonic() - begin),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", ":!results", ":!README.md")),
     }
 
 
-def versions_of(python: Path) -> dict[str, str]:
-    code = "import json, platform, importlib.metadata as m; print(json.dumps({'python': platform.python_version()} | \
-        {name: m.version(name) for name in ('torch', 'torchvision', 'triton', 'numpy', 'timm')}))"
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+def environment_of(python: Path) -> dict:
+    """Versions in the environment, commit and dirty of this source."""
+    code = "import json; from actpress.train import provenance; print(json.dumps(provenance.environment('cpu')))"
+    found = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return {key: found[key] for key in ENVIRONMENT}
 
 
 def rendered() -> str:
-    """README.md with the line of the record."""
+    """The text of README.md with the line of the record."""
     record = json.loads(RECORD.read_text())
     line = (
         f"Oldest versions tested: PyTorch {record['torch']}, Triton {record['triton']}, NumPy {record['numpy']}, Python {record['python']};"

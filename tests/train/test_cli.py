@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from actpress.train import cli, run, usage
-from actpress.train import command as commands
 from actpress.train.config import device
 from actpress.train.errors import InputError
 from actpress.train.files import WriteError
-from training import CONFIGS, SMALL, command, config, interrupt
+from training import CONFIGS, SMALL, config, interrupt, train_command
 
 BAD_SETTINGS = {
     "recipe.epochs=-1": "recipe.epochs=-1 must be a whole number >= 1",
@@ -253,7 +252,7 @@ def test_a_sweep_runs_what_it_can_and_lists_what_failed(tmp_path, launcher, seed
     (tmp_path / "plugins" / "hydra_plugins").mkdir(parents=True)
     (tmp_path / "plugins" / "hydra_plugins" / "forking.py").write_text(LAUNCHER)
     swept = [f"seed={','.join(map(str, seeds))}", "method=none,division", "method.bits=2,3"]
-    python, _, *rest = command(
+    python, _, *rest = train_command(
         tmp_path, "recipe.epochs=1", "data.train_size=32", *swept, f"hydra/launcher={launcher}", "-m"
     )
     path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
@@ -312,7 +311,7 @@ def test_output_that_cannot_be_written_stops_no_training(tmp_path, where, overri
     if where == "a pipe":
         os.close(reader)
     out = writer if where == "a pipe" else os.open("/dev/full", os.O_WRONLY)
-    line = command(tmp_path, "recipe.epochs=1", "data.train_size=32", *overrides)
+    line = train_command(tmp_path, "recipe.epochs=1", "data.train_size=32", *overrides)
     result = subprocess.run(line, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True, timeout=240)
     lost = "standard output could not be written: No space left on device\n"
     assert (result.returncode, result.stderr) == (0, "" if where == "a pipe" else lost)
@@ -325,7 +324,9 @@ def test_output_that_cannot_be_written_stops_no_training(tmp_path, where, overri
 def test_launchers_that_are_published_end_with_the_code_of_the_worst_job(tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     options = ["recipe.epochs=1", "method=division", "method.bits=2,3", f"hydra/launcher={launcher}", "-m"]
-    result = subprocess.run(command(tmp_path, *options), cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        train_command(tmp_path, *options), cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 2
     assert "1 of 2 jobs failed:\n  job 1 (method.bits=3): Division: bits=3" in result.stderr
     assert len(list((tmp_path / "runs").glob("*.json"))) == 1
@@ -427,13 +428,6 @@ def test_help_explains_every_option_of_a_method(method):
     assert max(map(len, section.splitlines())) <= usage.WIDTH or "skip" in section
 
 
-def test_scripts_print_their_docstring_for_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scripts/some.py", "--help"])
-    assert commands.main(lambda: pytest.fail("ran"), "What it does.") == 0
-    assert capsys.readouterr().out == "usage: python scripts/some.py [arguments]\n\nWhat it does.\n"
-
-
-@pytest.mark.quick(1, "audit.py batch=abc*")
 @pytest.mark.parametrize(
     ("line", "message"),
     [

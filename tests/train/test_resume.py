@@ -25,12 +25,12 @@ from actpress.train.errors import InputError
 from actpress.train.files import WriteError
 from training import (
     CPU,
-    command,
     config,
     differences,
     files_up_to,
     final_state,
     interrupt,
+    train_command,
     trainer_for,
     trajectory,
 )
@@ -239,7 +239,7 @@ def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
         finished = run.train(broken)
     assert finished == record.read(files.record)
     assert finished["status"] == "failed"
-    advice = "resume=true goes on from the last checkpoint"
+    advice = "resume=true resumes from the last checkpoint"
     assert finished["message"] == f"{files.resume_file} could not be written: File too large; {advice}"
     assert files.resume_file.read_bytes() == before
     assert [path.name for path in files.folder.iterdir() if path.suffix == ".tmp"] == []
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(tmp_path, where):
 def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path):
     with files_up_to(600_000):
         finished = run.train(cfg := config(tmp_path))
-    none = "could not be written: File too large; there is no checkpoint to go on from"
+    none = "could not be written: File too large; there is no checkpoint to resume from"
     assert finished["message"] == f"{run.files_of(cfg).resume_file} {none}"
 
 
@@ -430,7 +430,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
         return torch.load(path, weights_only=True)
 
     run.train(config(tmp_path / "whole", *options))
-    killed = subprocess.Popen(command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(train_command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any('"step": 100' in log.read_text() for log in tmp_path.glob("killed/outputs/resnet20-*/log.jsonl")):
         assert killed.poll() is None, "ended before it could be killed"
@@ -439,6 +439,6 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert loaded(tmp_path / "killed")["epoch"] == 1  # of 3: killed in the middle of the second
-    again = subprocess.run(command(tmp_path / "killed", *options), capture_output=True, text=True)
+    again = subprocess.run(train_command(tmp_path / "killed", *options), capture_output=True, text=True)
     assert "from epoch 2 of 3" in again.stdout
     assert differences(trajectory(loaded(tmp_path / "whole")), trajectory(loaded(tmp_path / "killed"))) == []

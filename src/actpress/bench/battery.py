@@ -1,9 +1,9 @@
-"""What needs a GPU, as a list of commands with time limits that can be cut off at any moment: configs/battery/<profile>.yaml.
+"""A battery: commands with time limits that need a GPU and can be stopped at any moment, in configs/battery/<profile>.yaml.
 
 A profile names its `device`, the seconds of each of its `calls` (a machine that is lent for minutes takes commands of limited length), the
-`overhead` seconds of starting the machine and copying, and its `units` in order of value. See Unit.
+`overhead` seconds of starting the machine and copying, and its `units`, most valuable first. See Unit.
 
-Below `out` scripts write their rows the moment they have them, and skip those that are there, so that the same command goes on:
+Scripts write their rows below `out` as soon as they have them, and skip existing ones, so that the same command resumes:
 
 identity.json   units.json   *.json   *.csv   runs/<run_id>.json   logs/<unit>.log
 """
@@ -27,16 +27,21 @@ from omegaconf import OmegaConf
 from actpress.train import files, provenance, record
 
 GRACE = 5.0  # seconds that a stopped unit has to end by itself
-WORTH = 10.0  # seconds that must be left to start a unit
+WORTH = 10.0  # seconds that must remain to start a unit
 EVERY = 10.0  # seconds between two archives while a unit runs
 TAIL = 20  # lines of a failed unit's log that are printed
 
 
 @dataclass(frozen=True)
 class Unit:
-    """run: arguments of python; {out}: the folder of results, {seconds}: the time the command has. seconds: the most it may take; what
-    earlier units left over is added. rehearse: arguments appended in a rehearsal on a CPU, where a later option counts. variables: of its
-    environment, not in a rehearsal. required: without it the others are worth nothing, so its failure ends the call."""
+    """A command of a battery.
+
+    run: arguments of python; {out} is the folder of results, {seconds} the time the command has.
+    seconds: time limit; unused time of earlier units is added.
+    rehearse: arguments appended in a rehearsal on a CPU; the last one of an option counts.
+    variables: environment variables, not in a rehearsal.
+    required: its failure ends the call, since the other units are worth nothing without it.
+    """
 
     name: str
     run: str
@@ -86,16 +91,16 @@ def load(folder: Path, name: str) -> Profile:
 
 
 def units_of(out: Path) -> dict[str, Any]:
-    """How each unit ended, by name: status, seconds, limit, the last line it said, commit and dirty of the source it ran from."""
+    """How each unit ended, by name: status, seconds, limit, its last line of output, commit and dirty of its source."""
     return record.read(out / "units.json", {"units": dict})["units"] if (out / "units.json").exists() else {}
 
 
 def execute_call(
     profile: Profile, call: str, seconds: float, out: Path, archive: Path, root: Path, rehearsal: bool = False
 ) -> int:
-    """Run the units of a call that are not done and fit into `seconds`; `archive`, of all in `out`, is renewed every EVERY seconds.
+    """Run the units of a call that are not done and fit into `seconds`. `archive`, of all files in `out`, is rewritten every EVERY seconds.
 
-    A unit that fails is noted, with its log, and does not stop the rest. Returns 1 if one failed or was stopped, 0 otherwise.
+    A unit that fails is recorded, with its log, and does not stop the rest. Returns 1 if one failed or was stopped, 0 otherwise.
     """
     end, ended, commit = time.monotonic() + seconds, units_of(out), provenance.commit()
     units = [unit for unit in profile.units if unit.call == call]
@@ -129,9 +134,9 @@ def execute_call(
 
 
 def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehearsal: bool = False) -> int | None:
-    """Run a unit for at most `seconds`, its output in `log`. Returns its exit code, None if its time was over.
+    """Run a unit for at most `seconds`, its output in `log`. Returns its exit code, None if it ran out of time.
 
-    Its processes are a group of their own, which is interrupted as by Ctrl-C when the time is over, and killed after GRACE seconds.
+    It has a process group of its own, which is interrupted as by Ctrl-C when its time is over, and killed GRACE seconds later.
     """
     words = shlex.split(f"{unit.run} {unit.rehearse}" if rehearsal else unit.run)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +166,7 @@ def execute(unit: Unit, out: Path, log: Path, seconds: float, root: Path, rehear
 
 
 def pack(out: Path, archive: Path) -> None:
-    """Write all files below `out` into a .tar.gz, which takes the place of the last one at once."""
+    """Write all files below `out` into a .tar.gz, which replaces the last one atomically."""
     with files.atomic_write(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
         for path in sorted(out.rglob("*")):
             if path.is_file() and path.suffix != ".tmp":
@@ -170,12 +175,12 @@ def pack(out: Path, archive: Path) -> None:
 
 @contextmanager
 def _archived(out: Path, archive: Path) -> Iterator[None]:
-    """Pack every EVERY seconds, and at the end, also of an interrupted block."""
+    """Pack every EVERY seconds, and at the end of the block, even if it is interrupted."""
     over = threading.Event()
 
     def again() -> None:
         while not over.wait(EVERY):
-            with suppress(OSError):  # a file changed meanwhile: the next archive has it; the last one raises
+            with suppress(OSError):  # a file changed meanwhile: the next archive has it; the last call raises
                 pack(out, archive)
 
     thread = threading.Thread(target=again, daemon=True)

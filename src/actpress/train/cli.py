@@ -1,6 +1,6 @@
-"""The command line of training. Bad input ends in one line on stderr that names the value and what is allowed.
+"""The command line of training: Hydra overrides. Bad input ends in one line on stderr that names the value and the allowed ones.
 
-Hydra spreads its own messages over several lines, so the overrides are composed here first; HYDRA_FULL_ERROR=1 shows every traceback.
+Hydra's own messages take several lines, so the overrides are composed here first; HYDRA_FULL_ERROR=1 shows every traceback.
 
 A sweep runs every job it can. An unknown key or choice is a typo and refused before the first job; a key that only some of the
 swept choices lack (method=none,division method.block=4,8) fails those jobs alone. The jobs that failed are listed at the end.
@@ -36,7 +36,7 @@ VERSION_BASE = "1.3"
 
 
 class Lack(NamedTuple):
-    """A key that a config does not have. where: of the keys in `allowed`."""
+    """A key that a config does not have. where: the place in the config whose keys are `allowed`."""
 
     key: str
     where: str
@@ -50,12 +50,12 @@ class Lack(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What Hydra is to be started with.
+    """What Hydra is started with.
 
-    renamed: override -> the form in which Hydra takes it also where the key is missing, such as ++method.block=4,8.
+    renamed: override -> the form that Hydra accepts even if the key is missing, such as ++method.block=4,8.
     refused: (group, choice) -> why a job with this choice cannot run.
-    outputs, sweep: paths.outputs of the first job; whether there are several. swept, jobs: keys with several values; the number of jobs,
-    None where it is for a sweeper to choose.
+    outputs: paths.outputs of the first job. sweep: whether there are several jobs. swept: keys with several values.
+    jobs: the number of jobs, None if a sweeper chooses it.
     """
 
     renamed: dict[str, str] = {}  # noqa: RUF012 - never changed
@@ -101,7 +101,7 @@ def _train(configs: Path) -> int:
 
 
 def _start(configs: Path, job: Callable[[DictConfig], float | None]) -> int:
-    """Have Hydra run the job, or all jobs of a sweep. Returns its exit code: Hydra reports errors itself and exits."""
+    """Let Hydra run the job, or all jobs of a sweep. Returns its exit code: Hydra reports errors itself and exits."""
     try:
         hydra.main(version_base=VERSION_BASE, config_path=str(configs), config_name="train")(job)()
     except SystemExit as ended:
@@ -110,7 +110,7 @@ def _start(configs: Path, job: Callable[[DictConfig], float | None]) -> int:
 
 
 def _sweep(configs: Path, plan: Plan) -> int:
-    with outcomes.collecting(plan.outputs) as folder:
+    with outcomes.temporary_folder(plan.outputs) as folder:
         try:
             code = _start(configs, _job(plan, folder))
         finally:
@@ -121,16 +121,17 @@ def _sweep(configs: Path, plan: Plan) -> int:
 
 
 def _job(plan: Plan, target: Path | Callable[[Outcome], None]) -> Callable[[DictConfig], float | None]:
-    """What Hydra calls for each run. target: the folder for outcomes of a sweep, or what is told the outcome of a single run.
+    """The function that Hydra calls for each run; a launcher may pickle it. target: the folder for outcomes of a sweep, or the function
+    that receives the outcome of a single run.
 
-    It returns the last top-1, which is what a sweeper optimises, or None for a run that failed. A launcher may pickle it.
+    It returns the last top-1, which a sweeper optimises, or None for a run that failed.
     """
     sweep, refused, full_errors = plan.sweep, plan.refused, command.full_errors()
 
     def tell(code: int | None, reason: str | None = None) -> None:
         number = HydraConfig.get().job.num if sweep else 0
         outcome = Outcome(number, list(HydraConfig.get().overrides.task), code, reason)
-        outcomes.note(target, outcome) if sweep else target(outcome)
+        outcomes.write(target, outcome) if sweep else target(outcome)
 
     def job(cfg: DictConfig) -> float | None:
         tell(None)
@@ -180,10 +181,10 @@ def _composed(
 
 
 def check_overrides(overrides: list[str], configs: Path, name: str = "train", multirun: bool = False) -> Plan:
-    """What to start Hydra with. Raises InputError, on one line, unless it can compose config `name` of `configs` under `overrides`.
+    """The plan to start Hydra with. Raises InputError, on one line, unless Hydra can compose config `name` of `configs` under `overrides`.
 
-    In a multirun every choice of every sweep is tried, each beside the first choices of the others. A key that some choices of a
-    swept group lack, and others have, is no error: the plan says which choices refuse it.
+    In a multirun every choice of every sweep is tried, combined with the first choices of the others. It is no error if only some choices
+    of a swept group have a key: the plan says which choices refuse it.
     """
     with _configs(configs, name) as configs:
         parsed = [_parse(text) for text in overrides]
@@ -192,7 +193,7 @@ def check_overrides(overrides: list[str], configs: Path, name: str = "train", mu
         swept = {options[0].key_or_group for options in choices if len(options) > 1}
         missing: dict[
             int, dict[tuple[str, str], Lack]
-        ] = {}  # position of the override -> group and choice -> what lacks
+        ] = {}  # position of the override -> group and choice -> the missing key
         tried: dict[str, set[str]] = {}
         outputs = None
         for overridden in _each_choice(choices):
@@ -230,13 +231,13 @@ def check_overrides(overrides: list[str], configs: Path, name: str = "train", mu
 
 
 def _left_to_sweeper(override: Override) -> bool:
-    """Whether the number of jobs depends on more than the values that are listed."""
+    """Whether the number of jobs depends on more than the listed values."""
     interval = override.is_sweep_override() and not override.is_discrete_sweep()
     return interval or override.key_or_group.startswith(("hydra/sweeper", "hydra.sweeper"))
 
 
 def _check_folders(cfg: DictConfig, multirun: bool) -> None:
-    """Raise InputError where the folders of results cannot be made; Hydra makes its own before a run begins."""
+    """Raise InputError if the folders of results cannot be created; Hydra creates its own before a run begins."""
     hydra_key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     try:
         for key in ("paths.outputs", "paths.records", hydra_key):
@@ -247,7 +248,7 @@ def _check_folders(cfg: DictConfig, multirun: bool) -> None:
 
 @contextmanager
 def _configs(configs: Path, name: str) -> Iterator[Path]:
-    """Hydra, ready to compose config `name` of folder `configs`, whose absolute path is given."""
+    """Initialise Hydra to compose config `name` of folder `configs`; yields that folder's absolute path."""
     configs = Path(configs).resolve()
     if not (configs / f"{name}.yaml").is_file():
         raise InputError(f"config {name!r} is not in {configs}; choose one of {_listed(_stems(configs))}")
@@ -272,7 +273,7 @@ def _malformed(text: str, reason: str) -> InputError:
 
 
 def _choices(override: Override, multirun: bool) -> list[Override]:
-    """The overrides a sweep stands for; of any other override itself."""
+    """The single overrides of a sweep; an override that is no sweep alone."""
     text = override.input_line
     if not override.is_sweep_override():
         return [override]
@@ -288,7 +289,8 @@ def _choices(override: Override, multirun: bool) -> list[Override]:
 
 
 def _each_choice(choices: list[list[Override]]) -> Iterator[list[Override]]:
-    """Lists with one override each such that every choice occurs: the first of all, then each other beside the firsts."""
+    """Lists with one choice of each override, so that every choice occurs: first all first choices, then each other choice combined with
+    the first ones of the rest."""
     firsts = [options[0] for options in choices]
     yield firsts
     for position, options in enumerate(choices):
@@ -303,8 +305,8 @@ def _check(overrides: list[Override], configs: Path, name: str) -> None:
 
 
 def _missing(overrides: list[Override], configs: Path, name: str) -> Iterator[tuple[int, Lack]]:
-    """(position, what lacks) for each override whose key is not there. Raises InputError for an unknown choice of a group."""
-    # Hydra's own groups lie elsewhere too
+    """(position, the missing key) for each override whose key is missing. Raises InputError for an unknown choice of a group."""
+    # Hydra's own groups are in other folders too
     groups = [o for o in overrides if not o.key_or_group.startswith("hydra") and (configs / o.key_or_group).is_dir()]
     for override in groups:
         _check_group(override, configs)
@@ -322,7 +324,7 @@ def _missing(overrides: list[Override], configs: Path, name: str) -> Iterator[tu
 
 
 def _hydra_compose(name: str, lines: list[str], hydra_too: bool = False) -> DictConfig:
-    """Hydra's compose. hydra_too: with the node hydra. Raises InputError."""
+    """Hydra's compose. hydra_too: keep the node hydra. Raises InputError."""
     try:
         return hydra.compose(name, lines, return_hydra_config=hydra_too)
     except (HydraException, OmegaConfBaseException) as error:
@@ -339,7 +341,7 @@ def _check_group(override: Override, configs: Path) -> None:
 
 
 def _lack(override: Override, composed: DictConfig) -> Lack | None:
-    """An override that changes or deletes a key must find it there: what lacks, None if nothing does."""
+    """The missing key of an override that changes or deletes one; None if the key exists."""
     key = override.key_or_group
     node: Any = composed
     path = key.split(".")

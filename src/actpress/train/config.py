@@ -1,4 +1,4 @@
-"""What a composed config may hold, checked before anything is built or written; values of data and augment are for actpress.train.data."""
+"""Checks of a composed config, before anything is built or written. Values of data and augment are checked by actpress.train.data."""
 
 import difflib
 import importlib.util
@@ -34,7 +34,7 @@ KEYS = {  # group -> keys that it must have
     "runtime": ("device", "precision", "threads", "workers", *SWITCHES),
     "paths": ("outputs", "records"),
 }
-CLOSED = ("recipe", "runtime")  # of which no other key is read
+CLOSED = ("recipe", "runtime")  # groups that may have no other keys
 
 # Options of timm's schedules that are numbers -> their bounds.
 LEAST_0, ABOVE_0 = {"least": 0}, {"above": 0}
@@ -63,7 +63,7 @@ SCHEDULE_CHOICES = {
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ValueError, on one line with the value and what is allowed, for the first setting that cannot be trained with."""
+    """Raise ValueError, on one line with the value and the allowed ones, for the first setting that training cannot use."""
     for group in KEYS:
         _check_keys(cfg, group)
     recipe, runtime = cfg.recipe, cfg.runtime
@@ -114,7 +114,7 @@ def device(name: str) -> torch.device:
 
 
 def _check_keys(cfg: DictConfig, group: str) -> None:
-    """A group must be one, and have the keys that are read; where no others are, it has no others."""
+    """Raise ValueError unless `group` is a group with all the keys that are read, and with no others if it is CLOSED."""
     node, needed = OmegaConf.select(cfg, group) if group else cfg, KEYS[group]
     if not OmegaConf.is_dict(node):
         raise ValueError(f"{group}={shown(node)} must be a group of keys{': ' if needed else ''}{', '.join(needed)}")
@@ -128,7 +128,7 @@ def _check_keys(cfg: DictConfig, group: str) -> None:
 
 
 def _check_options(group: str, node: DictConfig) -> None:
-    """The keys of a model or a method must be options of what its _target_ names; values are for that to check."""
+    """Raise ValueError unless the keys of a model or method are options of its _target_, which checks the values itself."""
     if not isinstance(node["_target_"], str):
         raise ValueError(f"{group}._target_={shown(node['_target_'])} must be the dotted name of a class or function")
     target = hydra.utils.get_object(node["_target_"])
@@ -249,7 +249,7 @@ def _number(
 
 
 def shown(value: Any) -> str:
-    """A value as an override writes it."""
+    """A value in the syntax of overrides."""
     return (
         {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
     )

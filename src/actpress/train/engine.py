@@ -1,8 +1,8 @@
-"""The training loop. It knows no method, model or data set by name, and no file: actpress.train.run joins those to it.
+"""The training loop. It knows no method, model, data set or file by name: actpress.train.run combines them.
 
 The trajectory is a function of the config alone: everything the next epoch depends on is in `Trainer.state`, so a run
-that is killed and resumed ends in the same weights, bit for bit, as one that is not. Measuring is part of the run and
-changes no number: saved bytes around the first forward pass, the peak around one later step, both left out of the
+that is killed and resumed ends in the same weights, bit for bit, as one that is not. A run also measures, without changing
+any result: saved bytes in the first forward pass, peak memory in one later step; both steps are excluded from the
 throughput. Nothing waits for the device between two reports.
 
 x_NCHW float32 images, y_N int64 class indices, both on the device.
@@ -33,7 +33,7 @@ from actpress.train import resume
 from actpress.train.config import PRECISIONS
 from actpress.train.metrics import StepTimer, Sums, means, milliseconds
 
-REPORT_EVERY = 20  # steps between two looks at the device: progress bar, log, check that the loss is finite
+REPORT_EVERY = 20  # steps between two reports: progress bar, log, check that the loss is finite
 PEAK_STEP = 2  # the third step: gradients and optimiser state exist
 
 Log = Callable[[int, dict[str, float]], None]  # (steps so far, values)
@@ -101,7 +101,7 @@ def create_schedule(
 
 
 class Trainer:
-    """One model on its way through one recipe.
+    """Trains one model by one recipe.
 
     model: with the method applied, on `device`. cfg: needs recipe and runtime, as config.check allows them.
     """
@@ -138,7 +138,7 @@ class Trainer:
     # One step
 
     def train_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Update the weights once. Returns (loss, logits [N, classes] float32), cut off the graph."""
+        """Update the weights once. Returns (loss, logits [N, classes] float32), detached."""
         loss, logits = self._loss(x, y)
         self._update(loss)
         return loss.detach(), logits.detach()
@@ -172,7 +172,7 @@ class Trainer:
     # Steps that measure
 
     def _next_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # Not while torch.compile traces, in the first step: it would trace the measuring too, and compute other bits.
+        # Not in the first step of a compiled model, while torch.compile traces: it would trace the measuring too and change the results.
         if "saved_bytes" not in self.measured and self.step >= (1 if self.compiled else 0):
             return self._step_for_saved_bytes(x, y)
         if "peak_bytes" not in self.measured and self.step >= PEAK_STEP:
@@ -207,7 +207,7 @@ class Trainer:
     # Epochs
 
     def fit(self, on_epoch: Callable[[dict[str, float]], None], log: Log) -> None:
-        """Train the epochs that are left. on_epoch(row of history) is called when an epoch is trained, tested and counted.
+        """Train the remaining epochs. on_epoch(row of history) is called when an epoch is trained, tested and counted.
 
         Raises Diverged if the training or test loss, or an output in the test, is not finite: the epoch is then not counted.
         """
@@ -260,7 +260,7 @@ class Trainer:
         return now
 
     def _report(self, bar: tqdm, sums: Sums, before: tuple[float, float, int], log: Log) -> tuple[float, float, int]:
-        """Show and log what happened since the reading `before`; returns the new reading."""
+        """Show and log the metrics since the reading `before`; returns the new reading."""
         now = self._read(sums)
         loss, accuracy = means(now, before)
         recent = self.timer.read()[-REPORT_EVERY:]
@@ -318,7 +318,7 @@ class Trainer:
     # What a run leaves behind
 
     def metrics(self) -> dict[str, Any]:
-        """What a record says about the run so far. Accuracies in %, sizes in bytes, times in seconds; None where unknown."""
+        """The metrics of a record, for the run so far. Accuracies in %, sizes in bytes, times in seconds; None where unknown."""
         seconds, warmup = self.timer.steady()
         seconds = self._earlier_seconds + seconds
         rates = measure.items_per_second(seconds, self.batch_size) if seconds else None

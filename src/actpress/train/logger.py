@@ -1,14 +1,14 @@
 """Curves of a run: log.jsonl beside its checkpoint always, Weights & Biases unless logger.name is none.
 
 Keys: train/loss, train/accuracy, train/images_per_s, lr, epoch at every report; test/loss, test/accuracy,
-memory/peak_bytes, memory/saved_bytes after every epoch. Steps are counted over the whole run, so a resumed run goes on
-where its checkpoint stands.
+memory/peak_bytes, memory/saved_bytes after every epoch. Steps are counted over the whole run, so a resumed run continues at the step
+of its checkpoint.
 
-The log is not the truth, the record is: lines of log.jsonl that a power cut damaged are dropped, and said to be.
+Tables are made from the record, not from this log: damaged lines of log.jsonl, as after a power cut, are dropped with a message.
 
-W&B offline: every start of a run makes a folder of its own, and sending two folders of one run may lose what the first one held. So
-a resumed run's folder first gets the curves so far, from log.jsonl, and the older folders move to outputs/<run_id>/superseded.
-There is one folder to send, and it holds the whole run.
+W&B offline: every start of a run creates a folder of its own, and sending two folders of one run may lose the content of the first. So
+a resumed run's folder first gets the curves so far, from log.jsonl, and the older folders move to outputs/<run_id>/superseded. One
+folder remains to be sent; it holds the whole run.
 """
 
 import importlib.util
@@ -29,14 +29,14 @@ from actpress.train.config import shown
 from actpress.train.files import atomic_write, write_errors
 from actpress.train.record import method_name, portable
 
-WANDB_FOLDERS = ("wandb", ".wandb")  # W&B takes the second where it is there
+WANDB_FOLDERS = ("wandb", ".wandb")  # W&B takes the second if it exists
 NAMES = ("wandb", "none")
 MODES = ("auto", "online", "offline")
 WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run")  # of the environment variable
 
 
 class Log:
-    """Where a run's curves go. path: of log.jsonl, which is appended to. wandb: a started W&B run, or None."""
+    """The curves of a run. path: log.jsonl, which is appended to. wandb: a started W&B run, or None."""
 
     def __init__(self, path: Path, wandb: Any = None):
         self._path, self._wandb = path, wandb
@@ -47,7 +47,7 @@ class Log:
         known = {key: value for key, value in values.items() if value is not None}
         line = (json.dumps({"step": step, **known}) + "\n").encode()
         with write_errors(self._path):
-            while line:  # a disk that fills up takes a part of it, and raises an error at the rest
+            while line:  # a full disk takes a part of the line, and raises an error for the rest
                 line = line[self._file.write(line) :]
         if self._wandb:
             self._wandb.log(known, step=step)
@@ -64,7 +64,7 @@ class Log:
 
     @property
     def whereabouts(self) -> str:
-        """What W&B holds of the run, as `whereabouts` says it."""
+        """What W&B holds of the run, see the function `whereabouts`."""
         return whereabouts(_folder(self._wandb).parents[1], self.id, self.url) if self._wandb else whereabouts("", None)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Log:
 
 
 def whereabouts(outputs: Path | str, wandb_id: str | None, url: str | None = None) -> str:
-    """What W&B holds of run `wandb_id`, in a few words: its address, or how to send what lies in folder `outputs`, or that it is off."""
+    """What W&B holds of run `wandb_id`, in a few words: its address, how to send its offline folder below `outputs`, or that W&B is off."""
     if wandb_id is None:
         return "W&B off"
     if url:
@@ -100,7 +100,7 @@ def _folder(wandb: Any) -> Path:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ValueError if the logger that cfg asks for is unknown or not installed, or would not take the names that cfg gives."""
+    """Raise ValueError if the logger of cfg is unknown or not installed, or does not accept the names in cfg."""
     options = cfg.logger
     _text("name", cfg.name, 128)
     if not isinstance(cfg.tags, ListConfig):
@@ -136,12 +136,12 @@ def _text(key: str, value: Any, most: int, without: str = "", optional: bool = T
 def create(cfg: DictConfig, run_id: str, path: Path, step: int = 0, wandb_id: str | None = None) -> Log:
     """Open the log of run `run_id` at global step `step`.
 
-    path: the log.jsonl, whose lines after `step` are dropped. wandb_id: the W&B run to go on with, None for a new one.
+    path: the log.jsonl, whose lines after `step` are dropped. wandb_id: the W&B run to resume, None for a new one.
     """
     check(cfg)
     wandb = None if cfg.logger.name == "none" else _start_wandb(cfg, run_id, wandb_id)
-    rows = _keep_until(path, step)  # once W&B has started: where it does not, the log stays
-    if wandb and wandb_id and not wandb.resumed:  # W&B goes on from nothing: it is offline, or was when the run began
+    rows = _keep_until(path, step)  # after W&B has started: if it fails to, the log stays unchanged
+    if wandb and wandb_id and not wandb.resumed:  # W&B has none of the run: it is offline, or was when the run began
         for row in rows:
             wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         _supersede(wandb, path.parent / "superseded")
@@ -185,7 +185,7 @@ def _start_wandb(cfg: DictConfig, run_id: str, wandb_id: str | None) -> Any:
 
 
 def wandb_mode(mode: str) -> str:
-    """online or offline. auto: what WANDB_MODE says, else online if there is an account, which is WANDB_API_KEY or a netrc entry."""
+    """online or offline. auto: the value of WANDB_MODE, else online if there is an account: WANDB_API_KEY or a netrc entry."""
     if mode != "auto":
         return mode
     if chosen := os.environ.get("WANDB_MODE"):
@@ -208,7 +208,7 @@ def _in_netrc() -> bool:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of a log that lie after `step`, which the run will write again, and damaged ones. Returns the rows that stay."""
+    """Drop damaged lines of a log, and those after `step`, which the run will write again. Returns the remaining rows."""
     if not path.exists():
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)

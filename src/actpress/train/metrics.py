@@ -1,4 +1,4 @@
-"""What a training loop is watched with. Nothing here waits for the device but `Sums.read` and `StepTimer.read`."""
+"""Metrics of a training loop: loss, accuracy, step times. Only `Sums.read` and `StepTimer.read` wait for the device."""
 
 import statistics
 import time
@@ -31,7 +31,7 @@ class Sums:
 
 
 def means(now: tuple[float, float, int], before: tuple[float, float, int] = (0.0, 0.0, 0)) -> tuple[float, float]:
-    """(mean loss, accuracy in %) of what two readings of `Sums` lie apart."""
+    """(mean loss, accuracy in %) of the samples between two readings of `Sums`."""
     loss, correct, samples = (b - a for a, b in zip(before, now, strict=True))
     return loss / samples, 100 * correct / samples
 
@@ -41,9 +41,9 @@ class StepTimer:
 
     with timer: train_step(x, y)
 
-    host, on a GPU: seconds that Python took to issue each block, from its start to the return of its last call; None where the device was
-    still busy with the block before. There the queue of launches, about a thousand long, may have been full, and the host waits for the
-    device, not the other way round. On a CPU both times are one, and `host` stays empty.
+    host: on a GPU, seconds that Python took to issue each block, from its start to the return of its last call; None if the device was
+    still busy with the block before. The queue of about a thousand launches may then have been full, so that the host waited for the
+    device. On a CPU the two times are the same, and `host` stays empty.
     """
 
     def __init__(self, device: torch.device):
@@ -83,7 +83,7 @@ class StepTimer:
         return seconds[skipped:], skipped
 
     def steady_host(self, warmup: int = 10) -> list[float]:
-        """Of the blocks that `steady` counts the host's times, where they are known."""
+        """The host's times of the blocks that `steady` counts, without unknown ones."""
         _, skipped = self.steady(warmup)
         return [seconds for seconds in self.host[skipped:] if seconds is not None]
 
@@ -98,5 +98,5 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float | int] | None:
 
 
 def median(values: list[float]) -> float | None:
-    """The middle value, the upper one of two; None if there is none."""
+    """The median; of an even number of values the upper of the middle two; None for an empty list."""
     return sorted(values)[len(values) // 2] if values else None

@@ -1,8 +1,8 @@
-"""How the jobs of a sweep ended, kept in files: Hydra's launchers may run jobs in other processes or on other machines.
+"""How the jobs of a sweep ended, in files: Hydra's launchers may run jobs in other processes or on other machines.
 
-A launcher hands back what a job returned, but not all of them do so for one that failed, and one that was killed returns nothing.
-So each job writes a file when it begins, with no exit code in it, and again when it ends; the command that started the sweep reads
-them all. The folder lies under paths.outputs, which all jobs must see anyway.
+Not every launcher returns the result of a job that failed, and a killed job returns nothing. So each job writes a file when it begins,
+without an exit code, and again when it ends; the command that started the sweep reads them all. The folder is under paths.outputs, which
+all jobs see anyway.
 """
 
 import json
@@ -20,7 +20,7 @@ KILLED = 1  # exit code of a job that ended without writing its outcome
 
 
 class Outcome(NamedTuple):
-    """The end of a job. number: its place in the sweep. code: as of actpress.train.cli, None while it runs."""
+    """How a job ended. number: its position in the sweep. code: an exit code of actpress.train.cli, None while it runs."""
 
     number: int
     overrides: list[str]
@@ -28,21 +28,21 @@ class Outcome(NamedTuple):
     reason: str | None
 
 
-def note(folder: Path, outcome: Outcome) -> None:
-    """Write how a job stands, over what it wrote before."""
+def write(folder: Path, outcome: Outcome) -> None:
+    """Write the outcome of a job, replacing an earlier one."""
     with atomic_write(folder / f"{outcome.number}.json") as file:
         file.write(json.dumps(outcome._asdict()).encode())
 
 
 def read(folder: Path) -> list[Outcome]:
-    """What the jobs wrote, in the order of the sweep."""
+    """The outcomes in a folder, in the order of the sweep."""
     found = [Outcome(**json.loads(file.read_bytes())) for file in folder.glob("*.json")]
     return sorted(found, key=lambda outcome: outcome.number)
 
 
 @contextmanager
-def collecting(outputs: Path) -> Iterator[Path]:
-    """An empty folder for the outcomes of one sweep, as an absolute path; it is removed in the end."""
+def temporary_folder(outputs: Path) -> Iterator[Path]:
+    """An empty folder for the outcomes of one sweep, as an absolute path; removed after the block."""
     parent = outputs.resolve() / "hydra"
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="jobs-", dir=parent))
@@ -53,10 +53,10 @@ def collecting(outputs: Path) -> Iterator[Path]:
 
 
 def summary(outcomes: list[Outcome], swept: Collection[str], planned: int | None) -> tuple[str, int]:
-    """(one line on each job that failed, below one that counts them, after one on what an interruption stopped; the highest exit code).
-    ("", 0) if all ended well.
+    """(text, highest exit code); ("", 0) if all jobs ended well.
 
-    A job is named by its overrides of the `swept` keys. planned: how many jobs the sweep has; None: those that began.
+    The text has one line that counts the jobs if an interruption stopped one, one that counts the failed jobs, and one for each failed
+    job. A job is named by its overrides of the `swept` keys. planned: number of jobs of the sweep; None: those that began.
     """
     codes = [KILLED if outcome.code is None else outcome.code for outcome in outcomes]
     stopped = [outcome for outcome in outcomes if outcome.code == INTERRUPTED]

@@ -1,7 +1,7 @@
-"""Records: the JSON file of a run is the truth about it; tables and plots are made from nothing else.
+"""Records: one JSON file a run, from which all tables and plots are made.
 
-A run is named by what it computes: `run_id` hashes the resolved config without what cannot change the result. A record
-holds no path of the machine that wrote it, so that it can be committed.
+`run_id` hashes the resolved config without the settings that cannot change the result. A record holds no path of the machine that
+wrote it, so that it can be committed.
 """
 
 import copy
@@ -20,12 +20,12 @@ from actpress.train.files import id_word, write_text
 
 STATUSES = ("ok", "oom", "diverged", "failed")
 
-# What readers of a run's record rely on, see `read`.
+# Keys that readers of a run's record need, see `read`.
 ENVIRONMENT = dict.fromkeys(("device", "device_type", "torch", "python", "commit", "dirty", "date"), object)
 RUN = {"run_id": str, "status": str, "history": list, "environment": ENVIRONMENT}
 RUN |= {"metrics": dict.fromkeys(("top1_last", "top1_best", "epochs", "train_images_per_s", "peak_bytes"), object)}
 
-# Paths of one machine: in no record, in no hash.
+# Paths of one machine: neither in the record nor in the hash.
 MACHINE = ("paths", "data.root")
 # Settings that do not change what is computed: in the record, not in the hash.
 INERT = ("logger", "name", "tags", "resume", "runtime.workers", "runtime.progress", "runtime.threads")
@@ -54,7 +54,7 @@ def method_name(cfg: DictConfig) -> str:
 
 
 def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """A copy of `config` without the entries that `keys` name with dots; a key that is not there is no error."""
+    """A copy of `config` without the entries that `keys` name with dots; missing keys are ignored."""
     kept = copy.deepcopy(config)
     for key in keys:
         *path, last = key.split(".")
@@ -68,7 +68,7 @@ def write(path: Path | str, record: dict[str, Any]) -> None:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as `read` gives it back once it is written."""
+    """The record as `read` returns it after `write`."""
     return json.loads(_text(record))
 
 
@@ -79,7 +79,7 @@ def _text(record: dict[str, Any]) -> str:
 def read(path: Path | str, shape: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a record. shape: the keys it must have, each with the type of its value or with a shape of its own.
 
-    Raises Unreadable, a ValueError that names the path, if the record is not there, is no JSON object or lacks a key.
+    Raises Unreadable, a ValueError that names the path, if the record is missing, is no JSON object or lacks a key.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,7 +96,7 @@ def read(path: Path | str, shape: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def _lacking(record: Any, shape: dict[str, Any], above: str = "") -> Iterator[str]:
-    """The keys of `shape` that the record lacks, or has with a value of another type."""
+    """The keys of `shape` that the record lacks, or whose value has another type."""
     for key, kind in shape.items():
         inner = isinstance(kind, dict)
         if key not in record or not isinstance(record[key], dict if inner else kind):

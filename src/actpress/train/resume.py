@@ -1,6 +1,6 @@
-"""Checkpoints: one file a run, written atomically after each epoch, holding all that the next epoch depends on.
+"""Resume files, called checkpoints in messages: one a run, written atomically after each epoch, with all that the next epoch depends on.
 
-Only tensors and plain Python go in, so that torch.load(weights_only=True) reads it: a checkpoint runs no code.
+They hold tensors and plain Python only, so that torch.load(weights_only=True) reads them: loading one runs no code.
 """
 
 import pickle
@@ -19,7 +19,7 @@ UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (with the key run_id) so that `path` always holds a whole checkpoint, the old or the new one."""
+    """Write `state` (with the key run_id) atomically: `path` always holds a complete checkpoint, the old or the new one."""
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, **state}, file)
 
@@ -64,7 +64,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put all generators where `random_state` found them."""
+    """Restore the generators to the states that `random_state` returned."""
     random.setstate(state["python"])
     inner = state["numpy"]["state"]
     numpy_state = state["numpy"] | {"state": inner | {"key": inner["key"].numpy().astype(np.uint32)}}

@@ -1,9 +1,9 @@
-"""One training run from a composed config: what is built, where its files lie, and the record it leaves.
+"""One training run from a composed config: what is built, where its files are, and the record it writes.
 
 results/runs/<run_id>.json   the record: written when the run ends, however it ends
-outputs/<run_id>/            last.pt (checkpoint), config.yaml, log.jsonl
+outputs/<run_id>/            last.pt (resume file, the checkpoint), config.yaml, log.jsonl
 
-A run with a checkpoint goes on from it; one whose checkpoint says it is complete is not repeated. resume=false starts anew.
+A run with a checkpoint resumes from it; one whose checkpoint says it is complete is not repeated. resume=false starts over.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ BAD_INPUT = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException
 
 
 class Files(NamedTuple):
-    """Where a run keeps what."""
+    """The files of a run. folder: outputs/<run_id>. record: its record."""
 
     folder: Path
     record: Path
@@ -57,13 +57,13 @@ def files_of(cfg: DictConfig) -> Files:
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Train what a composed cfg (configs/train.yaml) describes, or go on with it, and return its record.
+    """Train what a composed cfg (configs/train.yaml) describes, or resume it, and return its record.
 
     The last line it prints says how the run ended, where its record is and what W&B holds.
 
     The record's status is ok, oom (out of memory), diverged (a loss or an output in the test is not finite) or failed (a file could
     not be written, for instance because the disk is full). Any other exception of the training itself is recorded as failed and
-    raised again. Raises InputError, before anything is written over, for bad input.
+    raised again. Raises InputError for bad input, before anything is overwritten.
     """
     with ExitStack() as stack:
         with bad_input():
@@ -86,8 +86,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             trainer, about = _build(cfg, device, state)
             _prepare(cfg, files)
             log = logger.create(cfg, name, files.log, trainer.step, state and state["wandb_id"])
-            if state is None:  # or a run that is stopped before its first save would go on from the one it replaces
-                files.resume_file.unlink(missing_ok=True)  # last: whatever fails above leaves it as it was
+            if state is None:  # otherwise a run stopped before its first save would resume from the one it replaces
+                files.resume_file.unlink(missing_ok=True)  # last, so that an error above leaves it unchanged
         print(
             f"run {name} on {about['environment']['device']}: from epoch {trainer.epoch + 1} of {trainer.epochs}",
             flush=True,
@@ -119,7 +119,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _alone(path: Path, name: str) -> Iterator[None]:
-    """Hold the run's lock, which ends with this process: two processes at once would write over each other's checkpoints."""
+    """Hold the run's lock, which ends with this process: two processes at once would overwrite each other's checkpoints."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -130,7 +130,7 @@ def _alone(path: Path, name: str) -> Iterator[None]:
 
 
 def _complete(cfg: DictConfig, name: str, files: Files, state: dict[str, Any]) -> dict[str, Any]:
-    """Say that there is nothing to do. The checkpoint holds the whole record, which is put back unless it is there."""
+    """Print that the run is complete. Restores the record from the checkpoint if it is missing."""
     finished = state["record"]
     if not _is_there(finished, files.record):
         record.write(files.record, finished)
@@ -140,7 +140,7 @@ def _complete(cfg: DictConfig, name: str, files: Files, state: dict[str, Any]) -
 
 
 def _is_there(finished: dict[str, Any], path: Path) -> bool:
-    """Whether the file holds this record, or one of the same run that was measured elsewhere, as a committed one may be."""
+    """Whether the file holds this record, or one of the same run measured elsewhere, such as a committed one."""
     try:
         there = record.read(path, record.RUN)
     except Unreadable:
@@ -150,14 +150,14 @@ def _is_there(finished: dict[str, Any], path: Path) -> bool:
 
 
 def _last_line(what: str, files: Files, finished: dict[str, Any], held: str) -> str:
-    """What a user looks for when a command is over, on one line. held: what W&B holds."""
+    """The last line a run prints: accuracy, record, W&B. held: what W&B holds."""
     accuracy = finished["metrics"]["top1_last"]
     tested = "no test accuracy" if accuracy is None else f"test accuracy {accuracy:.2f}%"
     return f"{what}: {tested} | record {files.record} | {held}"
 
 
 def _prepare(cfg: DictConfig, files: Files) -> None:
-    """See to it before training that its results can be written."""
+    """Create the folders before training, so that results can be written."""
     make_folder("paths.outputs", files.folder)
     make_folder("paths.records", files.record.parent)
     with atomic_write(files.config) as file:
@@ -167,7 +167,7 @@ def _prepare(cfg: DictConfig, files: Files) -> None:
 def _build(
     cfg: DictConfig, device: torch.device, state: dict[str, Any] | None
 ) -> tuple[engine.Trainer, dict[str, Any]]:
-    """(the trainer, at the checkpoint `state` if there is one; what the record says about the run beside its numbers)."""
+    """(the trainer, in the state of the checkpoint if there is one; the entries of the record that are no measurements)."""
     gc.collect()  # the previous run of a sweep, before this one asks for memory
     engine.set_backend(cfg.runtime)
     images = data.create(cfg.data, cfg.recipe, device=device, seed=cfg.seed, workers=cfg.runtime.workers)
@@ -181,7 +181,7 @@ def _build(
         )
     report = swap.apply(model, hydra.utils.instantiate(cfg.method))
     trainer = engine.Trainer(cfg, model.to(device), images, device)
-    engine.seed_everything(cfg.seed)  # what building drew differs between methods; what training draws must not
+    engine.seed_everything(cfg.seed)  # methods may draw while building; training must draw the same for all
     resumes = 0
     if state is not None:
         _check_data(state["data"], images.facts)
@@ -204,7 +204,7 @@ def _build(
 
 
 def _check_data(trained: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raise ValueError unless the data are those of a checkpoint, in all that it says of them: older ones have no fingerprint."""
+    """Raise ValueError unless the data have the facts that the checkpoint holds; older checkpoints hold no fingerprint."""
     if trained != {key: facts.get(key) for key in trained}:
         raise ValueError(
             f"the checkpoint of this run was trained on {trained}, but the data are {facts}; "
@@ -213,7 +213,7 @@ def _check_data(trained: dict[str, Any], facts: dict[str, Any]) -> None:
 
 
 def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, Any], log: logger.Log) -> dict[str, Any]:
-    """Train to the end, whatever that is, and write the record."""
+    """Train until the run ends, well or not, and write the record."""
 
     def save(finished: dict[str, Any] | None = None) -> None:
         extra = {key: about[key] for key in ("data", "resumes")}
@@ -235,12 +235,12 @@ def _train(name: str, files: Files, trainer: engine.Trainer, about: dict[str, An
     try:
         trainer.fit(on_epoch, log.log)
         finished = ended("ok")
-        save(finished)  # after the record: a run that dies in between repeats its last epoch
+        save(finished)  # after the record: a run killed in between repeats its last epoch
     except engine.Diverged as error:
         finished = ended("diverged", str(error))
     except WriteError as error:
         there = files.resume_file.exists()
-        advice = "resume=true goes on from the last checkpoint" if there else "there is no checkpoint to go on from"
+        advice = "resume=true resumes from the last checkpoint" if there else "there is no checkpoint to resume from"
         finished = ended("failed", f"{error}; {advice}")
     except Exception as error:
         if measure.is_out_of_memory(error):

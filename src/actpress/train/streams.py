@@ -1,6 +1,6 @@
-"""Standard output and standard error that cannot stop a program: a pipe whose reader has gone (| head -1), a full disk.
+"""Standard output and standard error that never raise: not for a closed pipe (| head -1), not for a full disk.
 
-What cannot be written is lost and nothing else: training goes on, and its record says how it ended.
+Text that cannot be written is lost; training continues, and its record says how it ended.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 
 class Unstoppable:
-    """A text stream that swallows what it cannot write. error: the first failure that is not the reader's leaving."""
+    """A text stream that drops what it cannot write. error: the first failure other than a closed pipe."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -31,7 +31,7 @@ class Unstoppable:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """All that follows goes nowhere, what is left in the stream's buffer too: Python would complain of it when it ends."""
+        """Redirect the stream to /dev/null, with what its buffer holds: Python would raise for it at exit."""
         if not isinstance(error, BrokenPipeError):
             self.error = self.error or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -44,7 +44,7 @@ class Unstoppable:
 
 @contextmanager
 def unstoppable() -> Iterator[None]:
-    """sys.stdout and sys.stderr as such streams meanwhile; what the first has lost is said on the second, on one line."""
+    """Replace sys.stdout and sys.stderr by such streams inside the block. If stdout lost text, one line on stderr says why."""
     before = sys.stdout, sys.stderr
     out, err = (stream and Unstoppable(stream) for stream in before)  # None where the program was started without one
     sys.stdout, sys.stderr = out, err

@@ -1,7 +1,7 @@
-"""What `train.py --help` prints: the groups and their choices, every value with its key, and what the method's options mean.
+"""The text of `train.py --help`: the groups and their choices, every value with its key, and the meaning of the method's options.
 
-Values are those of the command line, so `--help method=division` shows the options of division. What an option means is said once, in the
-docstring of the method's class ("block: side of the averaged blocks ...") or beside the value in its file below configs/.
+Values are those of the command line, so `--help method=division` shows the options of division. The meaning of an option is
+the text in the docstring of the method's class ("block: side of the averaged blocks ...") or the comment beside the value below configs/.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ usage: python scripts/train.py [group=choice ...] [key=value ...]
 
 
 class Option(NamedTuple):
-    """A field of a method's class: what its docstring says, and its default."""
+    """A field of a method's class: its meaning in the docstring, and its default."""
 
     meaning: str
     default: object
@@ -58,7 +58,7 @@ def _group(folder: Path, group: str, choice: str) -> str:
 
 
 def _method(method: DictConfig, comments: dict[str, str]) -> Iterator[str]:
-    """Lines for the options of a method, also for those that its file leaves at their defaults."""
+    """Lines for the options of a method, including those that its file leaves at their defaults."""
     options = _options(method)
     meanings = {key: option.meaning for key, option in options.items()}
     unset = {key: option.default for key, option in options.items() if OmegaConf.select(method, key) is None}
@@ -81,7 +81,7 @@ def _value(key: str, value: str, meaning: str) -> Iterator[str]:
 
 
 def _leaves(node: Container, above: str = "") -> Iterator[tuple[str, str]]:
-    """(key with dots, value as written on the command line) of each value; what Hydra itself reads (_target_) is left out."""
+    """(key with dots, value as written on the command line) of each value, without those that Hydra itself reads (_target_)."""
     for key in node if OmegaConf.is_dict(node) else range(len(node)):
         raw = node._get_node(key)
         where = f"{above}{key}"

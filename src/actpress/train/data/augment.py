@@ -73,7 +73,7 @@ class Augment:
 
     @classmethod
     def read(cls, node: Mapping[str, Any]) -> "Augment":
-        """From a config node; ValueError for one that is none, or a field that does not exist."""
+        """The augmentation of a config node. Raises ValueError for a node that is no group, and for unknown fields."""
         allowed = [field.name for field in fields(cls)]
         if not isinstance(node, Mapping):
             raise ValueError(f"recipe.augment is {node!r}; allowed: a group of {', '.join(allowed)}")
@@ -83,14 +83,14 @@ class Augment:
         return cls(**node)
 
     def host_only(self) -> list[str]:
-        """The fields in use that need decoded images on the host, so that only the stream pipeline has them."""
+        """The fields in use that only the stream pipeline offers, since they need decoded images on the host."""
         names = ("random_resized_crop", "auto_augment", "color_jitter", "random_erasing")
         found = [name for name in names if getattr(self, name)]
         return found + (["crop_pct"] if self.crop_pct not in (None, 1) else [])
 
 
 def is_number(value: Any) -> bool:
-    """Whether value is a finite number; true and false are none."""
+    """Whether value is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -102,9 +102,9 @@ def mix(*parts: int) -> int:
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU streams start from `mix(*parts)` inside, and continue as if untouched after.
+    """Seed the CPU generators of python, numpy and torch by `mix(*parts)` inside the block, and restore their states after it.
 
-    The global streams, since timm's and torchvision's transforms draw from them.
+    These are the global generators, since timm's and torchvision's transforms draw from them.
     """
     seed = mix(*parts)
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

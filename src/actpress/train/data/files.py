@@ -1,9 +1,9 @@
-"""Image files: decoded to 8-bit RGB, upright, with a word about what is lost on the way.
+"""Image files: decoded to upright 8-bit RGB, with notes on what the decoding loses.
 
 Palette, grey, CMYK and 1-bit images become RGB as Pillow converts them. EXIF orientation is applied. Of 16-bit samples the
 upper 8 bits are used, as Pillow does for 16-bit colour; Pillow alone would clip 16-bit grey to white. Of several frames the
-first is used, and alpha is ignored, as in torchvision and timm. LAB becomes sRGB, which holds fewer colours. These four lose
-something, so they are counted (`Notes`), as are files whose format is not that of their suffix, which a data label goes by.
+first is used, and alpha is ignored, as in torchvision and timm. LAB becomes sRGB, which holds fewer colours. These four conversions
+lose something and are counted (`Notes`), as are files whose format is not that of their suffix, since a data label names suffixes.
 32-bit and float samples have no fixed range to scale from and are refused. Not noted: colour profiles, which are ignored, and colour
 of more than 8 bits in JPEG 2000 and AVIF, which Pillow hands over as 8 bits.
 """
@@ -75,7 +75,7 @@ class ImageError(ValueError):
 
 
 class Notes:
-    """Counts paths by what is to be said of them: each path once, and each kind with an example."""
+    """Counts paths by note: each path once, each note with an example."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, None]] = {}
@@ -85,7 +85,7 @@ class Notes:
         self._paths.setdefault(kind, {})[path] = None
 
     def warn(self, about: str) -> None:
-        """One warning with all counts, if there is something that the last one did not count."""
+        """Give one warning with all counts, unless the last warning had the same ones."""
         total = sum(map(len, self._paths.values()))
         if total > self._said:
             self._said = total
@@ -164,7 +164,7 @@ class FileImages:
 
 
 def _decode(image: Image.Image, said: list[warnings.WarningMessage]) -> tuple[Image.Image, tuple[str, ...]]:
-    """(8-bit RGB, upright; the notes on what it lost). `said` are the warnings on this file, also those to come."""
+    """(upright 8-bit RGB; notes on what the decoding lost). said: the list to which warnings on this file are appended."""
     notes = []
     deep = _is_deep_colour(image)
     if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is a photo and its preview
@@ -204,7 +204,7 @@ def _decode(image: Image.Image, said: list[warnings.WarningMessage]) -> tuple[Im
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """Whether Pillow will bring colour of more than 8 bits a sample to 8, which only an image not yet decoded tells."""
+    """Whether Pillow will reduce colour of more than 8 bits a sample to 8. To be called before the image is decoded."""
     if image.mode.startswith("I"):  # grey, which keeps its 16 bits
         return False
     if image.format == "PPM":

@@ -1,9 +1,8 @@
 """Class folders: DIR/<split>/<class>/**/<image>, two splits with the same classes.
 
 The folders directly under a split are the classes, numbered in natural order of their names. Images in sub-folders belong to the
-class folder above them. Links are followed; no file is listed twice, also not through hard links, and a link back into the data
-set ends there. What lies in the folders and is not used is said in one warning with counts: hidden entries, files that are no
-images, images outside a class.
+class folder above them. Links are followed; no file is listed twice, not through hard links either, and a link back into the data
+set is not followed. One warning counts the entries that are not used: hidden ones, files that are no images, images outside a class.
 """
 
 import hashlib
@@ -53,8 +52,11 @@ class Split:
 
 
 def read(train: Path, test: Path, layout: str, num_classes: int) -> tuple[Split, Split]:
-    """Both splits. Raises FileNotFoundError for one that is missing, ValueError for classes that differ, are empty, or are not
-    num_classes in number, for a file that is listed in two classes, and for a broken link. Warns of what is not used."""
+    """Read both splits. Warns of entries that are not used.
+
+    Raises FileNotFoundError for a missing split, ValueError for classes that differ, are empty, or are not num_classes in number, for a
+    file that is listed in two classes, and for a broken link.
+    """
     for path in (train, test):
         if not path.is_dir():
             what = "a broken link" if path.is_symlink() and not path.exists() else "missing"
@@ -75,7 +77,7 @@ def read(train: Path, test: Path, layout: str, num_classes: int) -> tuple[Split,
 
 
 def fingerprint(*splits: Split) -> str:
-    """What tells image folders apart without reading images: a hash of every image's class, name in its split, and size in bytes."""
+    """Identity of image folders without reading images: a hash of every image's class, name in its split, and size in bytes."""
     digest = hashlib.sha256()
     for split in splits:
         start = len(os.fspath(split.path)) + 1
@@ -87,7 +89,7 @@ def fingerprint(*splits: Split) -> str:
 
 
 def _class_folders(path: Path, unused: Notes) -> list[os.DirEntry]:
-    """The class folders of a split, in natural order. A link to a folder that holds the split is none."""
+    """The class folders of a split, in natural order, without links to a folder that holds the split."""
     found = []
     real = os.path.realpath(path)
     for entry in _entries(path, unused):
@@ -141,7 +143,7 @@ def _images(folder: str, label: str, split: Split, own: list[str], unused: Notes
 
 
 def _drop_repeated_links(split: Split, unused: Notes) -> None:
-    """Images that are links to images of the same split: listed once, and refused where their classes differ."""
+    """Drop images that are links to images of the same split. Raises ValueError if their classes differ."""
     repeated = set()
     for path, real, label in split.links:
         first = split.where(real)
@@ -157,7 +159,7 @@ def _drop_repeated_links(split: Split, unused: Notes) -> None:
 def _drop_repeated_hard_links(
     train: Split, test: Split, unused: Notes
 ) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-    """The same for hard links. Returns the images that both splits hold: (path, class) in test, and in train."""
+    """The same for hard links. Returns the images that both splits hold: (path, class) in test, (path, class) in train."""
     seen, repeated = set(), set()
     for split in (train, test):
         for inode in split.inodes.values():
@@ -187,7 +189,7 @@ def _drop(split: Split, paths: set[str]) -> None:
 
 
 def _compare(train: Split, test: Split, hard_links: list[tuple[tuple[str, str], tuple[str, str]]]) -> None:
-    """Warn of images that both splits hold through links, which makes a test accuracy one of training."""
+    """Warn of images that both splits hold through links: their test accuracy is a training accuracy."""
     shared = Notes()
     pairs = [(found, train.folders.get(real)) for real, found in test.folders.items()]
     pairs += [(found, train.where(real)) for real, found in test.files.items()]
@@ -239,7 +241,7 @@ def _check_classes(train: Split, test: Split, num_classes: int) -> None:
 
 
 def _told_apart(names: list[str]) -> list[str]:
-    """The names quoted; those that look like another one, such as composed and decomposed accents, in ASCII."""
+    """The names quoted, in ASCII if they look like another one, such as composed and decomposed accents."""
     look = [unicodedata.normalize("NFKC", name) for name in names]
     counts = Counter(look)
     return [ascii(name) if counts[as_seen] > 1 else repr(name) for name, as_seen in zip(names, look, strict=True)]
@@ -251,7 +253,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _entries(folder: str | Path, unused: Notes) -> list[os.DirEntry]:
-    """What is in a folder, by name, without what a system or an editor hid there."""
+    """The entries of a folder by name, without hidden ones of a system or an editor."""
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
@@ -265,12 +267,12 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """os.path.isdir for links: a link to itself is no folder, where DirEntry.is_dir raises."""
+    """Whether an entry is a folder. os.path.isdir for links: a link to itself is no folder, but DirEntry.is_dir raises for it."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """Whether an entry that is no folder may be read as a file. A broken link may: reading it names it."""
+    """Whether an entry that is no folder may be read as a file. True for a broken link, whose reading raises an error that names it."""
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
@@ -281,7 +283,7 @@ def _is_image(name: str) -> bool:
 
 
 def _other(entry: os.DirEntry) -> str:
-    """What an entry that is no folder is counted as. ValueError for a broken link, which may stand for a folder."""
+    """The word under which an entry that is no folder is counted. Raises ValueError for a broken link, which may point to a folder."""
     if entry.is_symlink():
         try:
             os.stat(entry.path)

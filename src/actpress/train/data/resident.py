@@ -1,7 +1,7 @@
-"""The resident pipeline: the whole set lies on the device as uint8, and an epoch costs the host nothing.
+"""The resident pipeline: the whole data set is on the device as uint8; an epoch needs no work of the host.
 
 Order, crops and mirroring of an epoch are drawn at its start by a generator on the device, seeded from (run seed,
-epoch); each batch is then two gathers and a normalisation. Images to be cropped are stored with their border on.
+epoch); each batch is then two gathers and a normalisation. Images that will be cropped are stored with their padding.
 Shapes: N images, B batch, S image side, P = S + 2 * padding; x float32 [B, 3, S, S], y int64 [B].
 """
 
@@ -84,7 +84,7 @@ def _pad(pixels_NCHW: Tensor, padding: int, mode: str) -> Tensor:
 
 
 def _window(pixels_BCPP: Tensor, top_B: Tensor, left_B: Tensor, mirrored_B: Tensor, side: int) -> Tensor:
-    """Cut [B, C, side, side] out of [B, C, P, P] at (top, left), mirrored left-right where asked."""
+    """Crop [B, C, P, P] to [B, C, side, side] at (top, left); mirror left-right where mirrored_B is true."""
     count, channels, _, width = pixels_BCPP.shape
     along = torch.arange(side, device=pixels_BCPP.device)
     rows_BS = top_B[:, None] + along

@@ -1,4 +1,4 @@
-"""Where the images come from: torchvision's archives, a folder of image files, decoded ones in an array, a set that ships with a package.
+"""Sources of images: torchvision's archives, a folder of image files, an array of decoded images, a data set that ships with a package.
 
 `load` returns the train and the test images of a dataset as `ArrayImages` (one uint8 tensor) or `FileImages` (files
 decoded when asked for). Both offer: len, size (height, width), formats (of the files), labels int64 [N],
@@ -71,8 +71,9 @@ Images = ArrayImages | FileImages
 def load(
     name: str, source: str, root: str | None, num_classes: int, image_size: int, train_size: int, test_size: int
 ) -> tuple[Images, Images, str | None]:
-    """The (train, test) images, and the fingerprint of a folder's files, also of decoded ones. The two sizes matter to `synthetic` alone:
-    how many images it makes.
+    """The (train, test) images, and the fingerprint of the folder's files, also where an array holds them decoded; None for other sources.
+
+    train_size and test_size are read by `synthetic` alone: the number of images to generate.
 
     Raises ValueError for a source the dataset does not have, a wrong number of classes or an unreadable image, and
     FileNotFoundError for data that are not there and cannot be downloaded.
@@ -95,7 +96,7 @@ def load(
 
 
 def _torchvision(name: str, root: str | None) -> tuple[Images, Images]:
-    """CIFAR from its original pickles, downloaded to `root` where missing."""
+    """CIFAR from its original pickles, downloaded to `root` if they are missing."""
     root = _root(root, f"the directory that holds or shall receive {_ARCHIVES[name][0]}")
     try:
         sets = [
@@ -140,7 +141,7 @@ def save_array(path: Path, train: Images, test: Images, fingerprint: str) -> Non
 
 
 def _array(root: str | None, num_classes: int) -> tuple[Images, Images, str]:
-    """What `save_array` wrote. The fingerprint is that of the files that were decoded."""
+    """Read what `save_array` wrote. The fingerprint is that of the decoded files."""
     path = Path(_root(root, "the .npz that scripts/pack_images.py writes"))
     try:
         with np.load(path, allow_pickle=False) as content:

@@ -1,4 +1,4 @@
-"""The stream pipeline: images decoded and augmented on the host by worker processes, for sets or recipes that need it.
+"""The stream pipeline: worker processes decode and augment images on the host, for data sets or recipes that need it.
 
 timm makes the transforms and moves the batches: workers hand over uint8, the device normalises and erases. The sampler
 hands out (epoch, index) pairs, so a sample knows its own seed and workers can stay alive between epochs.
@@ -112,13 +112,13 @@ class _Samples(torch.utils.data.Dataset):
 
 
 def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, list[tuple[int, tuple[str, ...]]]]:
-    """A batch, and the notes on those of its files that have any."""
+    """A batch, and (index, notes) of the files that have notes."""
     x_BCHW, y_B = fast_collate([(image, label) for image, label, _ in samples])
     return x_BCHW, y_B, [about for *_, about in samples if about[1]]
 
 
 class _Noting:
-    """The batches of a loader. What its workers note on files is said here, at the end of a pass, with one count for all of them."""
+    """The batches of a loader. The notes of its workers on files become one warning with counts at the end of a pass."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, images: Images) -> None:
         self.loader, self.images = loader, images
@@ -144,7 +144,7 @@ class _Noting:
 
 
 def _train_transform(augment: Augment, image_size: int, mean: tuple[float, ...]):
-    """timm's training transform; without a resized crop, its first stage gives way to resize, padded crop and flip."""
+    """timm's training transform; without a resized crop, its first stage is replaced by resize, padded crop and flip."""
     first, second, last = create_transform(
         image_size,
         is_training=True,
@@ -175,7 +175,7 @@ def _train_transform(augment: Augment, image_size: int, mean: tuple[float, ...])
 
 
 def _allow_zero_bits(policy) -> None:
-    """Give a timm policy (RandAugment, AutoAugment, AugMix) the posterize below, in place; other transforms have none."""
+    """Replace posterize of a timm policy (RandAugment, AutoAugment, AugMix) by the one below, in place; other transforms have none."""
     lists = (getattr(policy, "ops", ()), *getattr(policy, "policy", ()))
     for operation in (operation for operations in lists for operation in operations):
         if operation.aug_fn is posterize:
