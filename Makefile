@@ -14,7 +14,7 @@ BATCH  ?= 256
 ARGS   ?=
 OLDEST_PYTHON ?= python3.12
 
-# Not taken from the environment, where such names are common.
+# Not read from the environment, where such names are common.
 PUBLISH =
 SECONDS = 540
 PROFILE = full
@@ -37,7 +37,7 @@ STAMP := $(VENV)/.actpress-installed
 PYTEST := $(RUN) -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-# $(call switch,DRY,TEXT): TEXT where DRY is on. $(call quoted,TEXT): TEXT as one word of the shell, whatever is in it.
+# $(call switch,DRY,TEXT): TEXT if DRY is on. $(call quoted,TEXT): TEXT quoted as one word of the shell.
 switch = $(if $(filter-out 1 true yes 0 false no,$($(1))),$(error $(1)=$($(1)), allowed: 1, true, yes, 0, false, no))$(if $(filter 1 true yes,$($(1))),$(2))
 quoted = '$(subst ','\'',$(1))'
 DRY_OVERRIDE := $(call switch,DRY,dry=true)
@@ -129,13 +129,13 @@ compile-kernels: $(STAMP) ## compile every Triton kernel for sm_80 and sm_90, wi
 bench-kernels: $(STAMP) ## time every kernel beside PyTorch: ARGS="--cases relu --profile tiny"
 	$(RUN) scripts/bench_kernels.py $(ARGS)
 
-gpu-battery: $(STAMP) ## all that needs a GPU, SECONDS=540 of it; again to go on: DRY=1, OUT=DIR
+gpu-battery: $(STAMP) ## all that needs a GPU, SECONDS=540 of it; the same command resumes: DRY=1, OUT=DIR
 	$(RUN) scripts/gpu_battery.py --seconds $(call quoted,$(SECONDS)) --profile $(call quoted,$(PROFILE)) $(if $(OUT),--out $(call quoted,$(OUT))) $(DRY_OPTION) $(ARGS)
 
 import-results: $(STAMP) ## add the archive of a battery to results/: FILE=lease.tar.gz
 	$(RUN) scripts/import_results.py $(if $(FILE),$(call quoted,$(FILE))) $(ARGS)
 
-lease-pack: $(STAMP) ## what a machine that is lent for minutes needs, in .lease/: compiled kernels, wheels, IMAGES=cifar10.tar.xz
+lease-pack: $(STAMP) ## make .lease/, what a machine that is lent for minutes needs: compiled kernels, wheels, IMAGES=cifar10.tar.xz
 	PYTHON=$(RUN) LEASE_PYTHON=$(LEASE_PYTHON) bash scripts/dev/pack_lease.sh $(if $(IMAGES),$(call quoted,$(IMAGES)))
 
 lease-rehearsal: $(STAMP) ## the commands of both calls of the lease on a CPU, in an empty folder, until their archive is imported

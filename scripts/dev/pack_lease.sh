@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# .lease/: what a lease needs beside the checkout (scripts/dev/lease.sh). To be made anew after every change of the source.
+# Make .lease/: what a lease needs beside the checkout (scripts/dev/lease.sh). Run it again after every change of the source.
 #
 #   bash scripts/dev/pack_lease.sh [IMAGES.tar.xz]      an archive NAME/{train,test}/<class>/*.jpg of CIFAR-10, for the training unit
 #
-# PYTHON: of this checkout. LEASE_PYTHON: an interpreter with the GPU machine's versions, for whose Triton kernels are compiled.
+# PYTHON: the interpreter of this checkout. LEASE_PYTHON: one with the GPU machine's versions; kernels are compiled for its Triton.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:?} wheels=.lease/wheels

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The lease without a GPU: what would travel is copied to an empty folder, both calls run there on the CPU, and the archive is imported
-# into a scratch copy of results/. PYTHON: an interpreter with the GPU machine's versions (make test-oldest makes one).
+# The lease without a GPU: the files that the machine would get are copied to an empty folder, both calls run there on the CPU, and the
+# archive is imported into a scratch copy of results/. PYTHON: an interpreter with the GPU machine's versions (make test-oldest makes one).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=$(command -v "${PYTHON:?}") work=$(mktemp -d)

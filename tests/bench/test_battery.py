@@ -109,14 +109,6 @@ def test_each_unit_names_its_source_and_one_that_is_done_stays(tmp_path, monkeyp
     assert commits == {"a": "first", "b": "second"} and "a: done at first, not run again" in capsys.readouterr().out
 
 
-def test_a_copy_is_of_the_commit_it_is_said_to_be(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(provenance, "git", lambda *arguments: None)
-        assert provenance.commit() == {"commit": None, "dirty": None}
-    monkeypatch.setenv("ACTPRESS_COMMIT", "abc")
-    assert provenance.commit() == {"commit": "abc", "dirty": False}
-
-
 def test_the_lease_takes_less_than_thirteen_minutes_and_names_what_exists():
     lease = battery.load(CONFIGS, "lease")
     assert sum(lease.calls.values()) + lease.overhead < 13 * 60

@@ -276,10 +276,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         )
 
 
-def test_slug():
-    assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-
-
 @pytest.mark.gpu
 def test_on_a_device(tmp_path):
     code = bench_kernels.main(["--cases=relu", "--dtypes=bfloat16", f"--out={tmp_path}"])

@@ -1,19 +1,14 @@
-"""Records: names of runs, JSON files that are whole or not there, where a number was measured."""
+"""Records: names of runs, and their JSON files."""
 
 import functools
 import json
 import os
-import pickle
 import re
-import signal
-import subprocess
 
 import pytest
-import torch
 
-from actpress.train import cli, files, provenance, record, resume
+from actpress.train import cli, files, record
 from paths import CONFIGS
-from training import files_up_to
 
 
 @functools.cache
@@ -123,83 +118,3 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError("stopped")
     assert record.read(path) == {"run_id": "old"}
     assert os.listdir(tmp_path) == ["run.json"]
-
-
-@pytest.mark.parametrize("writer", ["record", "checkpoint", "many small writes"])
-def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, writer):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(files.WriteError) as caught, files_up_to(100_000):
-        if writer == "record":
-            record.write(path, {"history": ["x" * 100] * 2000})
-        elif writer == "checkpoint":
-            resume.save(path, {"model": torch.rand(100_000)})  # torch.save says: unexpected pos
-        else:
-            with files.atomic_write(path) as file:
-                for _ in range(20_000):
-                    file.write(b"a few bytes")
-    assert str(caught.value) == f"{path} could not be written: File too large"
-    assert isinstance(caught.value, OSError)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    assert os.listdir(tmp_path) == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_an_error_of_the_block_is_not_taken_for_one_of_the_file(tmp_path):
-    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "file") as file:
-        file.write(b"begun")
-        (tmp_path / "missing").read_bytes()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(files.WriteError, match=r"runs/a\.json could not be written: File exists"):
-        record.write(tmp_path / "runs" / "a.json", {})
-
-
-def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
-    """The new bytes are in the temporary file, on their way to the disk, when SIGKILL comes."""
-    path = tmp_path / "run.json"
-    path.write_text('{"run_id": "old"}')
-    child = os.fork()
-    if child == 0:
-        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-        record.write(path, {"run_id": "new"})
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    assert record.read(path) == {"run_id": "old"}
-    record.write(path, {"run_id": "new"})
-    assert os.listdir(tmp_path) == ["run.json"]
-
-
-def test_the_environment_names_device_versions_and_commit():
-    found = provenance.environment("cpu")
-    assert found["device"]
-    assert found["torch"] == torch.__version__.partition("+")[0]
-    assert found["cpu_threads"] == torch.get_num_threads()
-    assert {"python", "torchvision", "timm", "triton", "date"} <= set(found)
-    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
-
-
-def test_a_changed_source_is_dirty_and_changed_results_are_not(tmp_path, monkeypatch):
-    def git(*arguments):
-        author = ("-c", "user.name=a", "-c", "user.email=a@b")
-        subprocess.run(["git", "-C", tmp_path, *author, *arguments], check=True, capture_output=True)
-
-    for name in ("src/provenance.py", "results/runs/a.json"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("1")
-    git("init")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src/provenance.py"))
-    assert provenance.commit() == {"commit": None, "dirty": None}
-    git("add", ".")
-    git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{40}", provenance.commit()["commit"])
-    assert provenance.commit()["dirty"] is False
-    (tmp_path / "results/runs/a.json").write_text("2")
-    assert provenance.commit()["dirty"] is False
-    (tmp_path / "src/new.py").write_text("2")
-    assert provenance.commit()["dirty"] is True
