@@ -12,11 +12,14 @@ from actpress.train.run import bad_input
 
 
 def main(given: list[str]) -> None:
+    parser = command.Parser(__doc__)
+    parser.add_argument("table", type=Path, help="a CSV file")
+    path = parser.parse_args(given).table
     with bad_input():
-        if len(given) != 1 or not Path(given[0]).is_file():
-            raise ValueError(f"{' '.join(given)!r}, allowed: the path of one table that scripts/bench_kernels.py wrote")
-        kernels.render(Path(given[0]))
+        if not path.is_file():
+            raise ValueError(f"'{path}', allowed: the path of one table that scripts/bench_kernels.py wrote")
+        kernels.render(path)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(lambda: main(sys.argv[1:]), __doc__))
+    sys.exit(command.main(lambda: main(sys.argv[1:])))

@@ -15,5 +15,12 @@ from actpress.report import pages
 from actpress.tables.kind import Project
 from actpress.train import command
 
+
+def main(given: list[str]) -> int:
+    parser = command.Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="name the pages that do not fit, write nothing")
+    return pages.main(Project(), check_only=parser.parse_args(given).check)
+
+
 if __name__ == "__main__":
-    sys.exit(command.main(lambda: pages.main(sys.argv[1:], Project()), __doc__))
+    sys.exit(command.main(lambda: main(sys.argv[1:])))

@@ -41,7 +41,7 @@ def test_a_function_that_is_called_otherwise_makes_its_page_stale(project):
     name = function.file_of(project.measurements("function")[0]).rpartition("-")[0]
     (first, second) = pages.check(project)
     assert first.startswith(f"function: A, division is stale: the page shows {name}-") and "B, division" in second
-    assert pages.main([], project) == 1  # and leaves the page as it is
+    assert pages.main(project) == 1  # and leaves the page as it is
     assert "4.10" in (project.results.root / "tables" / "function.md").read_text()
     reproduce.main(["function"], project)
     assert pages.check(project) == [] and len(CALLS) == 4
@@ -56,7 +56,7 @@ def test_a_page_that_does_not_fit_is_named(project, predictions, change):
     if change == "| 4.0 |":
         markdown.write_text(markdown.read_text().replace("| 4.0 |", "| 3.9 |"))
         assert pages.check(project) == ["memory: memory.md is not what the records give; make report"]
-        assert pages.main([], project) == 0 and pages.check(project) == []
+        assert pages.main(project) == 0 and pages.check(project) == []
         return
     project.write("memory", **{change: change.replace("none", "division")})
     assert (
@@ -113,7 +113,7 @@ def test_a_record_that_is_gone_or_damaged_is_named(project, capsys, damage, mess
     damage(path)
     capsys.readouterr()
     for called in (
-        lambda: pages.main(["--check"], project),
+        lambda: pages.main(project, check_only=True),
         lambda: reproduce.main(["function"], project),
         *(
             [lambda: reproduce.main(["training", "dry=true"], project)] if path.exists() else []
@@ -134,7 +134,7 @@ def test_a_damaged_page_or_record_of_any_table_is_named(project, predictions, ca
     path = sorted((project.results.root / place).glob("*.json"))[0]
     path.write_text(text)
     capsys.readouterr()
-    assert command.main(lambda: pages.main(["--check"], project)) == BAD_INPUT
+    assert command.main(lambda: pages.main(project, check_only=True)) == BAD_INPUT
     err = capsys.readouterr().err
     assert str(path) in err and len(err.splitlines()) == 1
 

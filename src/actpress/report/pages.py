@@ -23,12 +23,13 @@ from actpress.train.run import bad_input
 SHAPE = dict.fromkeys(("table", "title", "kind", "measured"), str)  # what every table's JSON holds
 
 
-def main(arguments: list[str], project: Project) -> int:
-    """The command line of scripts/report.py: none or --check. Returns its exit code. Raises InputError for bad input."""
+def main(project: Project, check_only: bool = False) -> int:
+    """Write all pages, or check them alone, and print what was found. Returns the exit code: 1 for a page that does not fit its records.
+
+    Raises InputError for a table or record that is wrong.
+    """
     with bad_input():
-        if arguments not in ([], ["--check"]):
-            raise ValueError(f"arguments {' '.join(arguments)!r}, allowed: none or --check")
-        if arguments:
+        if check_only:
             found = check(project)
         else:
             changed, found = write_all(project)
