@@ -1,6 +1,6 @@
 """Images/s, host time, peak and saved bytes of training steps: methods beside stock PyTorch, in one process on one device.
 
-python scripts/bench_training.py --methods division,checkpointing                         ResNet-50, batch 64, bf16 autocast
+python scripts/bench_training.py --methods division,checkpoint                            ResNet-50, batch 64, bf16 autocast
 python scripts/bench_training.py --model vit_b --batch 32 --precision tf32 --compile      stock alone
 python scripts/bench_training.py --methods none,division --predict                        saved bytes with fake tensors, no device
 python scripts/bench_training.py --methods none,division --largest                        the largest batch, searched from --batch on
@@ -23,12 +23,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def parser() -> command.Parser:
     made = command.Parser(__doc__)
     made.add_fields(steps.Setting)
-    rivals = ", ".join(steps.RIVALS)
     made.add_argument(
         "--methods",
         type=command.names,
         default=(steps.STOCK,),
-        help=f"names of configs/method, {rivals} ({steps.STOCK})",
+        help=f"names of configs/method ({steps.STOCK})",
     )
     made.add_argument("--largest", action="store_true", help="search the largest batch")
     made.add_argument("--step", type=command.whole(1), default=8, help="images to which the largest batch is known (8)")

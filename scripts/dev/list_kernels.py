@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from hydra.utils import instantiate
 
 import bench_kernels
 import bench_training
 import short_training
 from actpress.bench import battery
-from actpress.bench.steps import RIVALS, STOCK
 from actpress.kernels.proof import registry
 from actpress.train import cli, command
 from actpress.train.run import bad_input
@@ -54,8 +54,8 @@ def cases_of(options) -> list[list[str]]:
 
 
 def compiled(methods: tuple[str, ...]) -> list[str]:
-    """The methods that have kernels of their own."""
-    return [method for method in methods if method not in (STOCK, *RIVALS)]
+    """The methods that replace layers, and so may launch kernels of their own."""
+    return [name for name in methods if instantiate(cli.compose([f"method={name}"], CONFIGS).method).rules()]
 
 
 if __name__ == "__main__":

@@ -15,19 +15,27 @@ SMALL = steps.Setting("resnet20", 2, 16, 10, "fp32", channels_last=False, device
 
 def test_every_method_gets_a_row_beside_stock():
     written = []
-    wanted = ["none", "division", "pruning", "checkpointing", "compile budget 0.5", steps.AGAIN]
+    wanted = ["none", "division", "pruning", "checkpoint", steps.AGAIN]
     rows = steps.measure_all(SMALL, wanted, ROOT / "configs", lambda rows: written.append(len(rows)))
     by_name = {row["method"]: row for row in rows}
-    assert written == [1, 2, 3, 4, 5, 6]
+    assert written == [1, 2, 3, 4, 5]
     assert {name: row["status"] for name, row in by_name.items()} == {
-        **dict.fromkeys(("none", "division", "checkpointing", steps.AGAIN), "ok"),
-        **dict.fromkeys(("pruning", "compile budget 0.5"), "not applicable"),
+        **dict.fromkeys(("none", "division", "checkpoint", steps.AGAIN), "ok"),
+        "pruning": "not applicable",
     }
     assert by_name["pruning"]["message"].endswith("matches nothing in ResNet20")
     assert by_name["division"]["saved_bytes"] < by_name["none"]["saved_bytes"] / 5
-    assert by_name["checkpointing"]["peak_bytes"] < by_name["none"]["peak_bytes"]
+    assert by_name["checkpoint"]["peak_bytes"] < by_name["none"]["peak_bytes"]
     assert by_name["none"]["step_ms"]["median"] > 0 and by_name["none"]["host_ms"] is None  # on a CPU both are one
     assert by_name["none"]["peak_bytes"] == by_name[steps.AGAIN]["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_a_method_that_compiles_is_measured_and_not_predicted():
+    row = steps.measure(SMALL, "compile_budget", ROOT / "configs")
+    assert row["status"] == "ok" and row["first_step_seconds"] > 0 and row["saved_bytes"] > 0
+    row = steps.measure(replace(SMALL, predict=True), "compile_budget", ROOT / "configs")
+    assert row["status"] == "not applicable" and row["message"].startswith("CompileBudget compiles the model")
 
 
 @pytest.mark.slow

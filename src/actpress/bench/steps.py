@@ -19,7 +19,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,7 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch import Tensor
 
 from actpress import swap
 from actpress.measure import is_out_of_memory, predicted_memory
@@ -48,8 +47,7 @@ AIM = 0.97  # share of an extrapolated batch that the search tries
 FINENESS = 1 / 32  # the search ends when the largest batch is known to this share
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows], None]
-Prepared = tuple[engine.Trainer, Tensor, Tensor, AbstractContextManager]
-Rival = Callable[[nn.Module], AbstractContextManager] | None
+Prepared = tuple[engine.Trainer, Tensor, Tensor]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -99,41 +97,15 @@ class Batches(list[tuple[Tensor, Tensor]]):
         pass
 
 
-def _checkpoint(model: nn.Module) -> AbstractContextManager:
-    """Every block of the network keeps its input alone and is computed again. A block: a member of nn.Sequential that has members."""
-    inside: set[nn.Module] = set()
-    blocks = set()
-    for module in model.modules():  # outer modules come before inner ones
-        if isinstance(module, nn.Sequential) and module not in inside:
-            found = [child for child in module if next(child.children(), None) is not None]
-            blocks.update(found)
-            inside.update(inner for block in found for inner in block.modules())
-    if not blocks:
-        raise ValueError("no block to compute again")
-    apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
-    return nullcontext()
-
-
-def _compile_budget(share: float, model: nn.Module) -> AbstractContextManager:
-    """torch.compile keeps about this share of what it would keep, and computes the rest again."""
-    import torch._functorch.config as functorch
-
-    return functorch.patch(activation_memory_budget=share)
-
-
-# What PyTorch itself offers against memory, as a row beside the methods: function of the model -> context in which steps run.
-RIVALS = {"checkpointing": _checkpoint} | {f"compile budget {x}": partial(_compile_budget, x) for x in (0.5, 0.1)}
-
-
 def check_methods(names: Sequence[str], configs: Path) -> None:
-    """Raise ValueError for a name that is neither a method nor one of RIVALS."""
-    known = [*sorted(path.stem for path in (configs / "method").glob("*.yaml")), *RIVALS]
+    """Raise ValueError for a name that is no method."""
+    known = sorted(path.stem for path in (configs / "method").glob("*.yaml"))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"method {unknown[0]!r} is unknown, allowed: {', '.join(known)}")
 
 
 def measure_all(setting: Setting, wanted: Sequence[str], configs: Path, write: Write) -> Rows:
-    """Measure the methods and RIVALS `wanted` one after the other. Returns their rows; write(rows) is called after each.
+    """Measure the methods `wanted` one after the other. Returns their rows; write(rows) is called after each.
 
     A method that fails is a row too; the session ends early only if the device can no longer be used.
     """
@@ -152,22 +124,22 @@ def device_lost(rows: Rows) -> bool:
 
 
 def measure(setting: Setting, name: str, configs: Path) -> dict[str, Any]:
-    """Measure one method, or one of RIVALS. Returns its row."""
-    rival = RIVALS.get(name)
-    cfg = setting.training_config(configs, STOCK if rival or name == AGAIN else name)
+    """Measure one method. Returns its row."""
+    cfg = setting.training_config(configs, STOCK if name == AGAIN else name)
     device, begin = config.device(cfg.runtime.device), time.perf_counter()
     numbers: dict[str, Any] = {}
     status, message = "predicted" if setting.predict else "ok", None
     try:
-        if rival and (setting.predict or ("compile" in name and not setting.compile)):
-            raise NotApplicable("not predicted" if setting.predict else "only under torch.compile")
         if setting.predict:
             build, method = partial(hydra.utils.instantiate, cfg.model), hydra.utils.instantiate(cfg.method)
-            found = predicted_memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
+            try:
+                found = predicted_memory(build, method, setting.batch, setting.image_size, cfg.runtime.precision)
+            except ValueError as error:
+                raise NotApplicable(str(error)) from error
             numbers["predicted_bytes"] = found["saved_bytes"]
         else:
             with precision_of_products(setting.precision):
-                _train_steps(setting, cfg, device, rival, numbers)
+                _train_steps(setting, cfg, device, numbers)
             if setting.memory and (numbers["peak_bytes"] or 0) > setting.memory:  # on CUDA the allocator refuses first
                 raise MemoryError(f"peak of {numbers['peak_bytes']} bytes, allowed here: {setting.memory}")
     except NotApplicable as error:
@@ -203,8 +175,8 @@ def precision_of_products(precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival = None) -> Prepared:
-    """(trainer, x_NCHW images, y_N classes, the context that steps run in). Raises NotApplicable."""
+def prepare(setting: Setting, cfg: DictConfig, device: torch.device) -> Prepared:
+    """(trainer, x_NCHW images, y_N classes). Raises NotApplicable."""
     engine.set_backend(cfg.runtime)
     if setting.memory and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -215,28 +187,26 @@ def prepare(setting: Setting, cfg: DictConfig, device: torch.device, rival: Riva
         model = hydra.utils.instantiate(cfg.model)
     try:
         swap.apply(model, hydra.utils.instantiate(cfg.method))
-        during = rival(model) if rival else nullcontext()
     except ValueError as error:
         raise NotApplicable(str(error).partition("; it has")[0]) from error
     x = torch.rand(setting.batch, 3, setting.image_size, setting.image_size, device=device)
     y = torch.randint(setting.num_classes, (setting.batch,), device=device)
     data = SimpleNamespace(train=Batches([(x, y)] * setting.steps), test=(), num_classes=setting.num_classes)
-    return engine.Trainer(cfg, model, data, device), x, y, during
+    return engine.Trainer(cfg, model, data, device), x, y
 
 
-def _train_steps(
-    setting: Setting, cfg: DictConfig, device: torch.device, rival: Rival, numbers: dict[str, Any]
-) -> None:
+def _train_steps(setting: Setting, cfg: DictConfig, device: torch.device, numbers: dict[str, Any]) -> None:
     """Train the steps and fill in `numbers`. A function of its own, so that a failure leaves no tensor alive in its caller."""
-    trainer, x, y, during = prepare(setting, cfg, device, rival)
+    trainer, x, y = prepare(setting, cfg, device)
     begin = time.perf_counter()
-    with during:
-        if setting.compile:  # the first step compiles; the loop's own measuring starts after it
-            trainer.train_step(x, y)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2)
-        trainer.train_epoch(lambda step, values: None)
+    if setting.compile or swap.is_compiled(
+        trainer.model
+    ):  # the first step compiles; the loop's own measuring starts after it
+        trainer.train_step(x, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        numbers["first_step_seconds"] = round(time.perf_counter() - begin, 2)
+    trainer.train_epoch(lambda step, values: None)
     measured = trainer.metrics()
     names = ("step_ms", "host_ms", "peak_bytes", "peak_reserved_bytes", "saved_bytes", "parameters", "peak_kind")
     numbers.update(images_per_s=measured["train_images_per_s"], **{name: measured[name] for name in names})

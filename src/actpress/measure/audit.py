@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import nn
 
 from actpress import swap
-from actpress.measure.predict import fake_model
+from actpress.measure.predict import check_predictable, fake_model
 from actpress.swap import first_pass
 from actpress.swap.saving import Owners
 
@@ -126,6 +126,7 @@ def _saved_by_module(
     with fake_model(lambda: copy.deepcopy(model).to("meta")) as fake:
         if method is not None:
             swap.apply(fake, method)
+            check_predictable(fake, method)
         first_pass.remove_all(fake)  # the table replaces the warning of the first pass
         with Owners(fake) as owners, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             out = fake(torch.empty(tuple(shape)))

@@ -26,6 +26,12 @@ def fake_model(build: Callable[[], nn.Module]) -> Iterator[nn.Module]:
         yield model.to_empty(device="cpu")
 
 
+def check_predictable(model: nn.Module, method: swap.Method) -> None:
+    """Raise ValueError where a compiler decides what is saved: fake tensors do not tell."""
+    if swap.is_compiled(model):
+        raise ValueError(f"{swap.label(method)} compiles the model; what it saves can be measured, not predicted")
+
+
 def predicted_memory(
     build: Callable[[], nn.Module], method: swap.Method, batch: int, image_size: int, precision: str
 ) -> dict[str, int]:
@@ -46,6 +52,7 @@ def predicted_memory(
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
     ):
         swap.apply(model, method)
+        check_predictable(model, method)
         if hasattr(model, "example_input"):
             x = model.example_input(batch)
         else:

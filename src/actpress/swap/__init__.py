@@ -8,7 +8,7 @@ from actpress.swap.edits import Around, Graph, Swap
 from actpress.swap.functional import Functions
 from actpress.swap.method import Composition, Method, Replacement, compose, label
 from actpress.swap.plan import NothingMatches, Report, apply, check_model, restore, worth
-from actpress.swap.state import load_state, set_epoch, start_epoch, state
+from actpress.swap.state import is_compiled, load_state, set_epoch, start_epoch, state
 from actpress.swap.wrapping import module_of
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "apply",
     "check_model",
     "compose",
+    "is_compiled",
     "label",
     "load_state",
     "module_of",

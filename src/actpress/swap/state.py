@@ -51,6 +51,12 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
     _set_late_codecs(model)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a method has compiled the model, or a part of it, in place."""
+    notes = (applied.of(module) for module in model.modules())
+    return any(note is not None and note.compiled for note in notes)
+
+
 def start_epoch(model: nn.Module) -> int:
     """The first epoch in which every layer of the model uses its codec."""
     return max((edit.start_epoch for _, edit in _late(model)), default=0)

@@ -112,10 +112,12 @@ class Trainer:
             raise ValueError(f"recipe.batch_size={recipe.batch_size} is larger than the training set: no whole batch")
         self.model, self.data, self.device = model, data, device
         self.batch_size, self.clip_grad = recipe.batch_size, recipe.clip_grad
-        self.channels_last, self.progress, self.compiled = runtime.channels_last, runtime.progress, runtime.compile
+        self.channels_last, self.progress = runtime.channels_last, runtime.progress
+        in_place = swap.is_compiled(model)  # by its method
+        self.compiled = runtime.compile or in_place
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.forward = torch.compile(model) if self.compiled else model
+        self.forward = torch.compile(model) if runtime.compile and not in_place else model
         self.precision = PRECISIONS[runtime.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.optimizer = create_optimizer(model, recipe.optimizer)
