@@ -1,16 +1,19 @@
-"""The layers a method puts in place of stock ones: same forward output, same parameters, less kept for backward.
+"""The layers a method puts in place of stock ones: same forward output, same parameters, fewer bytes saved for backward.
 
-Each is a subclass of its stock layer with one autograd.Function. What a layer keeps of its input is decided by a Codec;
-masks and window offsets are exact and need none. Everything kept goes through save_for_backward, so in-place changes are caught and
-saved-tensor hooks see it. Where nothing has to be kept (no_grad, frozen weights) the stock layer runs.
+Each is a subclass of its stock layer with one autograd.Function, written once for all codecs. A Codec decides how a layer saves its input;
+masks and window offsets are exact and need none. Everything saved goes through save_for_backward, so in-place changes are caught and
+saved-tensor hooks see it. Where nothing has to be saved (no_grad, frozen weights) the stock layer runs.
 
-Under autocast inputs are cast before they are kept (bf16 stays bf16) and parameters are cast again in the backward pass
-instead of keeping the cast copy.
+Under autocast inputs are cast before they are saved (bf16 stays bf16), and parameters are cast again in the backward pass instead of saving
+the cast copy.
 
-FUNCTIONS maps a stock layer to the function that its subclasses call (F.conv2d in timm's weight-standardised convolutions), and to our
-form of it: such a subclass keeps its own forward, and the call in it is ours.
+LAYERS holds all layers by their stock type. It is made of the files of this folder: a new file joins by itself, and so do the methods that
+go by the kind of a layer (Layer.kind).
 """
 
+import importlib
+import pkgutil
+import sys
 from collections.abc import Callable
 
 from torch import nn
@@ -72,35 +75,33 @@ from actpress.layers.norm import (
 )
 from actpress.layers.rms_norm import LibraryRMSNorm, RMSNorm, rms_norm
 
-# Layers that need no codec, with the names of their functional forms: masks of one bit, window offsets of one byte, or nothing.
-EXACT: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.ReLU: ("relu", "relu_"),
-    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
-    nn.ReLU6: ("relu6",),
-    nn.Hardtanh: ("hardtanh", "hardtanh_"),
-    nn.Hardsigmoid: ("hardsigmoid",),
-    nn.Dropout: ("dropout",),
-    nn.MaxPool2d: ("max_pool2d",),
-    nn.AvgPool2d: ("avg_pool2d",),
-}
-FUNCTIONS: dict[type[nn.Module], tuple[str, Callable]] = {
-    nn.Linear: ("linear", linear),
-    nn.Conv1d: ("conv1d", conv1d),
-    nn.Conv2d: ("conv2d", conv2d),
-    nn.Conv3d: ("conv3d", conv3d),
-    nn.BatchNorm1d: ("batch_norm", batch_norm),
-    nn.BatchNorm2d: ("batch_norm", batch_norm),
-    nn.BatchNorm3d: ("batch_norm", batch_norm),
-    nn.LayerNorm: ("layer_norm", layer_norm),
-    nn.GroupNorm: ("group_norm", group_norm),
-    nn.RMSNorm: ("rms_norm", rms_norm),
-}
+
+def _layers() -> dict[type[nn.Module], type[Layer]]:
+    """Stock type -> its layer, of every file in this folder."""
+    files = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
+    own = [(file, cls) for file in files for cls in vars(file).values() if isinstance(cls, type)]
+    made = [cls for file, cls in own if cls.__module__ == file.__name__ and issubclass(cls, Layer) and cls.kind]
+    return {stock_type(cls): cls for cls in made if issubclass(cls, nn.Module)}
+
+
+def stock_type(layer: type[Layer]) -> type[nn.Module]:
+    """The stock type that a layer takes the place of."""
+    return next(base for base in layer.__mro__ if base.__module__.startswith("torch."))
+
+
+def functions_of(layer: type[Layer]) -> dict[str, Callable]:
+    """The functional forms of a layer, by name."""
+    return {name: getattr(sys.modules[layer.__module__], name) for name in layer.functional}
+
+
+LAYERS = _layers()
+EXACT = tuple(stock for stock, layer in LAYERS.items() if layer.kind == "exact")  # they need no codec
 
 __all__ = [
     "ELU",
     "EXACT",
-    "FUNCTIONS",
     "GELU",
+    "LAYERS",
     "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -139,6 +140,7 @@ __all__ = [
     "elu",
     "elu_",
     "extend",
+    "functions_of",
     "gelu",
     "group_norm",
     "hardsigmoid",
@@ -161,6 +163,7 @@ __all__ = [
     "sigmoid_",
     "silu",
     "softplus",
+    "stock_type",
     "tanh",
     "tanh_",
 ]

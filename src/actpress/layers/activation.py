@@ -168,6 +168,7 @@ def elu_(input, alpha=1.0, *, codec, context=None, origin=None) -> Tensor:
 class _ActivationLayer(Layer):
     """An activation of PyTorch that saves what `codec` says."""
 
+    kind = "slopes"
     options: tuple[str, ...] = ()  # attributes of the stock layer that its formula takes
 
     def forward(self, input: Tensor) -> Tensor:
@@ -183,37 +184,41 @@ class _ActivationLayer(Layer):
 
 
 class GELU(_ActivationLayer, nn.GELU):
+    kind, functional = "gelu", ("gelu",)
+
     @property
     def formula(self) -> str:
         return {"none": "gelu", "tanh": "gelu_tanh"}[self.approximate]
 
 
 class SiLU(_ActivationLayer, nn.SiLU):
-    pass
+    kind, functional = "gelu", ("silu",)
 
 
 class Hardswish(_ActivationLayer, nn.Hardswish):
-    pass
+    functional = ("hardswish",)
 
 
 class Mish(_ActivationLayer, nn.Mish):
-    pass
+    functional = ("mish",)
 
 
 class ELU(_ActivationLayer, nn.ELU):
+    functional = ("elu", "elu_")
     options = ("alpha",)
 
 
 class Softplus(_ActivationLayer, nn.Softplus):
+    functional = ("softplus",)
     options = ("beta", "threshold")
 
 
 class Sigmoid(_ActivationLayer, nn.Sigmoid):
-    pass
+    functional = ("sigmoid", "sigmoid_")
 
 
 class Tanh(_ActivationLayer, nn.Tanh):
-    pass
+    functional = ("tanh", "tanh_")
 
 
 class LibraryActivation(Layer, nn.Module):

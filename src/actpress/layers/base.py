@@ -34,7 +34,22 @@ WAYS_OUT = "Differentiate with respect to inputs only, leave the layer out with 
 
 
 class Layer:
-    """Mixed in front of the stock class of every layer."""
+    """Mixed in front of the stock class of every layer.
+
+    kind, by which methods choose the codec:
+
+        maps           inputs [N, C, *axes] of convolutions and norms of maps
+        tokens         inputs [..., F] of linear layers
+        token norms    normalised inputs of norms of tokens, a row each
+        slopes         derivatives of smooth activations
+        gelu           GELU, SiLU and their kin, which need codecs of their own
+        exact          needs no codec: a mask, an offset, or nothing
+    """
+
+    kind = ""  # "" for bases
+    functional: tuple[
+        str, ...
+    ] = ()  # names of its functional forms, which stand in the same file and are called in forward methods
 
     codec: Any
     context: Context

@@ -112,6 +112,8 @@ def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
 class _ConvLayer(Layer):
     """nn.Conv1d, Conv2d or Conv3d that keeps its (padded, unless padding is zeros) input [N, C, *axes] as `codec` says."""
 
+    kind = "maps"
+
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, self.weight) or input.dim() != self.weight.dim():
             return self.stock(input)
@@ -133,12 +135,12 @@ class _ConvLayer(Layer):
 
 
 class Conv1d(_ConvLayer, nn.Conv1d):
-    pass
+    functional = ("conv1d",)
 
 
 class Conv2d(_ConvLayer, nn.Conv2d):
-    pass
+    functional = ("conv2d",)
 
 
 class Conv3d(_ConvLayer, nn.Conv3d):
-    pass
+    functional = ("conv3d",)

@@ -62,6 +62,8 @@ def into(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
 class ReLU(Layer, nn.ReLU):
     """nn.ReLU that keeps one bit per element instead of its output."""
 
+    kind, functional = "exact", ("relu", "relu_")
+
     def forward(self, input: Tensor) -> Tensor:
         return relu(input, self.inplace) if records(input, input) else self.stock(input)
 
@@ -148,6 +150,8 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 class LeakyReLU(Layer, nn.LeakyReLU):
     """nn.LeakyReLU that keeps one bit per element."""
 
+    kind, functional = "exact", ("leaky_relu", "leaky_relu_")
+
     def forward(self, input: Tensor) -> Tensor:
         return leaky_relu(input, self.negative_slope, self.inplace) if records(input, input) else self.stock(input)
 
@@ -155,12 +159,16 @@ class LeakyReLU(Layer, nn.LeakyReLU):
 class ReLU6(Layer, nn.ReLU6):
     """nn.ReLU6 that keeps one bit per element."""
 
+    kind, functional = "exact", ("relu6",)
+
     def forward(self, input: Tensor) -> Tensor:
         return relu6(input, self.inplace) if records(input, input) else self.stock(input)
 
 
 class Hardtanh(Layer, nn.Hardtanh):
     """nn.Hardtanh that keeps one bit per element."""
+
+    kind, functional = "exact", ("hardtanh", "hardtanh_")
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input):
@@ -170,6 +178,8 @@ class Hardtanh(Layer, nn.Hardtanh):
 
 class Hardsigmoid(Layer, nn.Hardsigmoid):
     """nn.Hardsigmoid that keeps one bit per element."""
+
+    kind, functional = "exact", ("hardsigmoid",)
 
     def forward(self, input: Tensor) -> Tensor:
         return hardsigmoid(input, self.inplace) if records(input, input) else self.stock(input)
@@ -203,6 +213,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 class Dropout(Layer, nn.Dropout):
     """nn.Dropout that keeps one bit per element. It draws the mask stock dropout would draw."""
+
+    kind, functional = "exact", ("dropout",)
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input):
@@ -256,6 +268,8 @@ def max_pool2d(
 class MaxPool2d(Layer, nn.MaxPool2d):
     """nn.MaxPool2d that keeps one byte per output instead of its input and an int64 index."""
 
+    kind, functional = "exact", ("max_pool2d",)
+
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input):
             return self.stock(input)
@@ -294,6 +308,8 @@ def avg_pool2d(
 
 class AvgPool2d(Layer, nn.AvgPool2d):
     """nn.AvgPool2d that keeps nothing."""
+
+    kind, functional = "exact", ("avg_pool2d",)
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input):

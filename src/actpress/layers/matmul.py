@@ -73,6 +73,8 @@ def addmm(
 class Linear(Layer, nn.Linear):
     """nn.Linear that keeps its input x [..., in] as `codec` says."""
 
+    kind, functional = "tokens", ("linear",)
+
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, self.weight):
             return self.stock(input)

@@ -130,6 +130,8 @@ def _is_parameter(x: Tensor) -> bool:
 class _BatchNormLayer(Layer):
     """nn.BatchNorm1d, BatchNorm2d or BatchNorm3d that keeps its normalised input [N, C, *axes] as `codec` says."""
 
+    kind, functional = "maps", ("batch_norm",)
+
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input, self.weight, self.bias):
             return self.stock(input)
@@ -209,6 +211,8 @@ def layer_norm(
 class LayerNorm(Layer, nn.LayerNorm):
     """nn.LayerNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
 
+    kind, functional = "token norms", ("layer_norm",)
+
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input, self.weight, self.bias):
             return self.stock(input)
@@ -274,6 +278,8 @@ def group_norm(
 
 class GroupNorm(Layer, nn.GroupNorm):
     """nn.GroupNorm that keeps its normalised input [N, C, *axes] as `codec` says."""
+
+    kind, functional = "maps", ("group_norm",)
 
     def forward(self, input: Tensor) -> Tensor:
         if not records(input, input, self.weight, self.bias):

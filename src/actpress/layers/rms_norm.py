@@ -78,6 +78,8 @@ def rms_norm(
 class RMSNorm(Layer, nn.RMSNorm):
     """nn.RMSNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
 
+    kind, functional = "token norms", ("rms_norm",)
+
     def forward(self, x: Tensor) -> Tensor:
         if not records(x, x, self.weight):
             return self.stock(x)

@@ -14,15 +14,14 @@ The 2-bit relatives ReGELU2 and ReSiLU2 (ICML 2024, arXiv 2406.16282) fit the fu
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import layers
 from actpress.codec import Codec, Like
 from actpress.kernels import few_bit
 from actpress.kernels.common import check, launch
 from actpress.layers import activation
+from actpress.methods.rules import functions_with, of_kind
 from actpress.swap import Method, Replacement
 
 
@@ -77,10 +76,10 @@ class FewBit(Method):
         return Interval(self.bits, fused=self.forward == "fused")
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
+        return of_kind("gelu", self.codec)
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(layers, name), codec=self.codec) for name in ("gelu", "silu")}
+        return functions_with("gelu", self.codec)
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activation.layer_for(module)

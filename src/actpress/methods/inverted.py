@@ -18,16 +18,15 @@ Prior art: Tempo (NeurIPS 2022), in-place GELU from its output and a mask.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
-from actpress import layers
 from actpress.codec import Codec, Like
 from actpress.kernels import inverted
 from actpress.kernels.common import check, launch
 from actpress.kernels.common.bits import packed_bytes
 from actpress.layers import activation
+from actpress.methods.rules import functions_with, of_kind
 from actpress.swap import Method, Replacement
 
 
@@ -82,10 +81,10 @@ class Inverted(Method):
         return FromOutput(fused=self.forward == "fused", decoder=self.decoder)
 
     def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return {nn.GELU: Replacement(activation.GELU, self.codec), nn.SiLU: Replacement(activation.SiLU, self.codec)}
+        return of_kind("gelu", self.codec)
 
     def functions(self) -> Mapping[str, Callable]:
-        return {name: partial(getattr(layers, name), codec=self.codec) for name in ("gelu", "silu")}
+        return functions_with("gelu", self.codec)
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         layer = activation.layer_for(module)

@@ -5,46 +5,45 @@ from functools import partial
 
 from torch import nn
 
-from actpress import layers
 from actpress.codec import Codec
+from actpress.layers import EXACT, LAYERS, functions_of
 from actpress.swap import Replacement
 
 Rules = dict[type[nn.Module], Replacement]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-TOKEN_NORMS = (nn.LayerNorm, nn.RMSNorm)  # a token each
-SMOOTH = (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish, nn.Softplus)
-
 
 def with_codec(stock: tuple[type[nn.Module], ...], codec: Codec | None) -> Rules:
     """Each of the stock types becomes its layer, with this codec."""
-    return {layer: Replacement(getattr(layers, layer.__name__), codec) for layer in stock}
+    return {layer: Replacement(LAYERS[layer], codec) for layer in stock}
+
+
+def of_kind(kind: str, codec: Codec | None) -> Rules:
+    """Every layer of a kind (Layer.kind), with this codec."""
+    return {stock: Replacement(layer, codec) for stock, layer in LAYERS.items() if layer.kind == kind}
 
 
 def exact(but: tuple[type[nn.Module], ...] = ()) -> Rules:
     """Masks and offsets instead of tensors, but for some layers."""
-    return with_codec(tuple(layer for layer in layers.EXACT if layer not in but), None)
+    return with_codec(tuple(layer for layer in EXACT if layer not in but), None)
 
 
 def exact_functions(but: tuple[type[nn.Module], ...] = ()) -> dict[str, Callable]:
     """The functional forms of the same."""
-    return {name: getattr(layers, name) for layer in layers.EXACT if layer not in but for name in layers.EXACT[layer]}
+    return {name: ours for stock in EXACT if stock not in but for name, ours in functions_of(LAYERS[stock]).items()}
 
 
-def all_layers(maps: Codec, linear: Codec, token_norms: Codec, smooth: Codec) -> Rules:
-    """Every layer that keeps something: inputs of convolutions and norms of maps, of linear layers and of norms of tokens, and the
-    derivatives of smooth activations, each by its codec; the others exact from masks."""
-    return {
-        **with_codec((*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm), maps),
-        **with_codec((nn.Linear,), linear),
-        **with_codec(TOKEN_NORMS, token_norms),
-        **with_codec(SMOOTH, smooth),
-        **exact(),
-    }
+def functions_with(kind: str, codec: Codec) -> dict[str, Callable]:
+    """The functional forms of every layer of a kind, with this codec."""
+    layers = [layer for layer in LAYERS.values() if layer.kind == kind]
+    return {name: partial(ours, codec=codec) for layer in layers for name, ours in functions_of(layer).items()}
 
 
-def all_functions(smooth: Codec) -> dict[str, Callable]:
+def all_layers(maps: Codec, tokens: Codec, token_norms: Codec, slopes: Codec) -> Rules:
+    """Every layer but GELU and its kin, each kind by its codec; the others exact from masks."""
+    kinds = {"maps": maps, "tokens": tokens, "token norms": token_norms, "slopes": slopes, "exact": None}
+    return {stock: found for kind, codec in kinds.items() for stock, found in of_kind(kind, codec).items()}
+
+
+def all_functions(slopes: Codec) -> dict[str, Callable]:
     """The functional forms of exact and smooth activations, of dropout and of pooling."""
-    names = (*(layer.__name__.lower() for layer in SMOOTH), "sigmoid_", "tanh_", "elu_")
-    return exact_functions() | {name: partial(getattr(layers, name), codec=smooth) for name in names}
+    return exact_functions() | functions_with("slopes", slopes)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from actpress.layers import LAYERS
+
 # Functions that keep a dense tensor for backward, by name, however they are reached (F.x, torch.x, tensor.x).
 ACTIVATIONS = (
     "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu celu_ gelu silu mish softplus softsign "
@@ -32,7 +34,9 @@ PRODUCTS = (
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm addmm baddbmm einsum "
     "scaled_dot_product_attention multi_head_attention_forward"
 )
-KEEPERS = frozenset(f"{ACTIVATIONS} {POOLS} {NORMS} {PRODUCTS}".split())
+KEEPERS = frozenset(f"{ACTIVATIONS} {POOLS} {NORMS} {PRODUCTS}".split()).union(
+    *(layer.functional for layer in LAYERS.values())
+)
 PLACES = (nn.functional, torch, torch.Tensor)
 FOLLOWED = 100  # functions read for one module at most
 

@@ -40,6 +40,11 @@ class Calling(layers.Extended):
         return Functions({name: ours})(self.stock, *args, **kwargs)
 
 
+def _is_called(stock: type[nn.Module]) -> bool:
+    """Whether subclasses of a stock layer call its function (F.conv2d) in their own forward."""
+    return stock in layers.LAYERS and layers.LAYERS[stock].kind in ("maps", "tokens", "token norms")
+
+
 def stand_in(
     module: nn.Module, rules: Mapping[type[nn.Module], Any]
 ) -> tuple[type[nn.Module], type, tuple | None] | None:
@@ -50,9 +55,9 @@ def stand_in(
     named = STANDS_FOR.get(f"{cls.__module__}.{cls.__qualname__}")
     if named is not None and named[0] in rules:
         return named[0], Calling, named[1:]
-    base = next((base for base in cls.__mro__[1:] if base in rules and base in layers.FUNCTIONS), None)
+    base = next((base for base in cls.__mro__[1:] if base in rules and _is_called(base)), None)
     if base is not None:
-        return base, Calling, layers.FUNCTIONS[base]
+        return base, Calling, next(iter(layers.functions_of(layers.LAYERS[base]).items()))
     if nn.RMSNorm in rules and cls.__name__.endswith(("RMSNorm", "T5LayerNorm")):
         formula = rms_formula(module)
         if formula is not None:
