@@ -428,6 +428,7 @@ def test_help_explains_every_option_of_a_method(method):
     assert max(map(len, section.splitlines())) <= usage.WIDTH or "skip" in section
 
 
+@pytest.mark.quick(1, "audit.py batch=abc*")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
