@@ -215,18 +215,23 @@ def test_the_library_examples_of_the_readme_run(capsys):
     assert after < before / 5
 
 
+def run_block(source: str, name: str, monkeypatch) -> dict:
+    """A python block of the guide as the module `name` -> what it defines."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, "CONTRIBUTING.md", "exec"), vars(module))
+    return vars(module)
+
+
 def test_the_method_example_of_the_contributing_guide_works(monkeypatch):
-    """Kept in bf16: a gradient close to the exact one, in half the bytes, and the same output."""
-    kernel, method = blocks("CONTRIBUTING.md")
-    module = types.ModuleType("actpress.kernels.half")
-    exec(compile(kernel, "CONTRIBUTING.md", "exec"), vars(module))
-    monkeypatch.setitem(sys.modules, "actpress.kernels.half", module)
-    namespace = {"__name__": "half"}
-    exec(compile(method, "CONTRIBUTING.md", "exec"), namespace)
+    """Saved in bf16: a gradient close to the exact one, in half the bytes, and the same output."""
+    kernel, method, *_ = blocks("CONTRIBUTING.md")
+    run_block(kernel, "actpress.kernels.half", monkeypatch)
+    half_method = run_block(method, "actpress.methods.half", monkeypatch)["Half"]()
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     x = torch.randn(7, 3, 8, 8)
     twin = copy.deepcopy(model)
-    actpress.apply(twin, namespace["Half"]())
+    actpress.apply(twin, half_method)
     assert torch.equal(model(x), twin(x))
     stock, half = (actpress.measure.saved_bytes(lambda net=net: net(x).sum()) for net in (model, twin))
     assert half == stock // 2
@@ -237,31 +242,97 @@ def test_the_method_example_of_the_contributing_guide_works(monkeypatch):
         assert error < 2**-8, f"{name}: relative error {error:.1e}"  # bf16 rounds by at most 2^-8
 
 
+def test_the_example_of_another_kind_of_edit_works(monkeypatch):
+    """Computed again: the very gradients of stock, and only the inputs of what is computed again are saved."""
+    recompute = run_block(blocks("CONTRIBUTING.md")[3], "actpress.methods.recompute", monkeypatch)["Recompute"]()
+    block = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    model, x = torch.nn.Sequential(block, copy.deepcopy(block)), torch.randn(16, 8)
+    twin = copy.deepcopy(model)
+    assert list(actpress.apply(twin, recompute).replaced) == ["0.forward()", "1.forward()"]
+    assert actpress.measure.saved_bytes(lambda: twin(x).sum()) == 2 * x.nbytes
+    for net in (model, twin):
+        net(x).sum().backward()
+    assert all(torch.equal(p.grad, twin.get_parameter(name).grad) for name, p in model.named_parameters())
+    assert actpress.restore(twin) == ["0", "1"]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the source with the files of the guide's three examples, and nothing else changed."""
+    copied = tmp_path_factory.mktemp("extended")
+    for folder in ("configs", "scripts", "src", "tests"):
+        shutil.copytree(ROOT / folder, copied / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copied)
+    package = copied / "src" / "actpress"
+    shutil.copytree(ROOT / "kernels", package / "kernels", dirs_exist_ok=True)  # where an installed package has it
+    kernel, method, layer, around = blocks("CONTRIBUTING.md")
+    half, recompute = blocks("CONTRIBUTING.md", "yaml")
+    for path, text in {
+        package / "kernels" / "half" / "__init__.py": kernel,
+        package / "methods" / "half.py": method,
+        package / "layers" / "hardshrink.py": layer,
+        package / "methods" / "recompute.py": around,
+        copied / "configs" / "method" / "half.yaml": half,
+        copied / "configs" / "method" / "recompute.yaml": recompute,
+    }.items():
+        path.parent.mkdir(exist_ok=True)
+        assert not path.exists()
+        path.write_text(text)
+    return copied
+
+
+LAYER = """
+import torch, actpress
+from torch import nn
+from torch.nn import functional as F
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.shrink = nn.Linear(64, 64), nn.Hardshrink()
+    def forward(self, x):
+        return F.hardshrink(self.shrink(self.first(x)), 0.7)
+net, x = Net(), torch.randn(256, 64)
+exact = torch.autograd.grad(net(x).square().sum(), net.first.bias)[0]
+before = actpress.measure.saved_bytes(lambda: net(x).sum())
+report = actpress.apply(net, actpress.methods.Division())
+assert {"first", "shrink", "hardshrink()"} <= set(report.replaced), report.replaced
+got = torch.autograd.grad(net(x).square().sum(), net.first.bias)[0]
+assert torch.equal(exact, got)
+assert actpress.measure.saved_bytes(lambda: net(x).sum()) < before / 4
+print("layer found")
+"""
+
+
 @pytest.mark.slow
-def test_four_new_files_make_a_method_and_nothing_else_changes(tmp_path):
-    """The guide's files in a copy of the source: the contract, the audit and training know the new method."""
-    for folder in ("configs", "scripts", "src"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(
-        ROOT / "kernels", tmp_path / "src" / "actpress" / "kernels", dirs_exist_ok=True
-    )  # not installed here
-    (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "test_contract.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
-    kernel, method = blocks("CONTRIBUTING.md")
-    (tmp_path / "src" / "actpress" / "kernels" / "half.py").write_text(kernel)
-    (tmp_path / "src" / "actpress" / "methods" / "half.py").write_text(method)
-    (tmp_path / "configs" / "method" / "half.yaml").write_text(blocks("CONTRIBUTING.md", "yaml")[0])
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
-    for command, expected in (
-        ("-m pytest -q tests/methods/test_contract.py -k half -p no:cacheprovider", " passed"),
-        ("scripts/audit.py model=resnet20 data=cifar10 method=half batch=2 top=1", "Half MiB"),
-        ("scripts/train.py method=half logger=none recipe.epochs=1 data.train_size=128 data.test_size=32", "-half-s0-"),
-    ):
-        done = subprocess.run(
-            [sys.executable, *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and expected in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["-m", "pytest", "-q", "tests/methods/test_contract.py", "-k", "half", "-p", "no:cacheprovider"], " passed"),
+        (
+            ["-m", "pytest", "-q", "tests/methods/test_contract.py", "-k", "recompute", "-p", "no:cacheprovider"],
+            " passed",
+        ),
+        (["scripts/audit.py", "model=resnet20", "data=cifar10", "method=half", "batch=2", "top=1"], "Half MiB"),
+        (["scripts/audit.py", "model=resnet20", "data=cifar10", "method=recompute", "batch=2"], "Recompute MiB"),
+        (
+            [
+                "scripts/train.py",
+                "method=half",
+                "logger=none",
+                "recipe.epochs=1",
+                "data.train_size=128",
+                "data.test_size=32",
+            ],
+            "-half-s0-",
+        ),
+        (["-c", LAYER], "layer found"),
+    ],
+    ids=["contract of a method", "contract of an edit", "audit a method", "audit an edit", "train", "layer"],
+)
+def test_the_guides_files_are_all_that_an_extension_takes(extended, command, expected):
+    environment = os.environ | {"PYTHONPATH": str(extended / "src")}
+    done = subprocess.run([sys.executable, *command], cwd=extended, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and expected in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
