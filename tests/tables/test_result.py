@@ -47,3 +47,20 @@ def test_differences_to_the_baseline_are_paired_by_seed(tmp_path):
     assert summarise(table, table.rows, values)[2].summaries["saved_bytes"].paired[0]["n"] == 2
     values[2][1]["seed"] = 5
     assert summarise(table, table.rows, values)[2].summaries["saved_bytes"].paired[0] is None
+
+
+@pytest.mark.parametrize(
+    ("versus", "baseline", "value", "expected"),
+    [
+        ("ratio", 4, 1, 4.0),
+        ("ratio", 4, 0, None),
+        ("difference", 4, 0, -4.0),
+        ("difference", 0, 4, 4.0),
+        ("change", 4, 1, -0.75),
+        ("change", 0, 4, None),
+    ],
+)
+def test_a_comparison_that_would_divide_by_zero_is_left_out(tmp_path, versus, baseline, value, expected):
+    table = small_tables.paper_table(tmp_path, **{"versus_baseline: ratio": f"versus_baseline: {versus}"})
+    values = [[{"saved_bytes": baseline * MIB}], [], [{"saved_bytes": value * MIB}], [], [], []]
+    assert summarise(table, table.rows, values)[2].summaries["saved_bytes"].versus == [expected]

@@ -150,6 +150,14 @@ def _summary(metric: Metric, values: list[Any], paper: Any) -> Summary:
 
 
 def _versus(metric: Metric, mean: Any, base: Any) -> float | None:
-    if not isinstance(mean, float) or not isinstance(base, float) or metric.versus_baseline is None:
+    """A mean compared with the baseline's; None where one of them is no number, or the divisor is zero (offloading saves 0 bytes)."""
+    if not isinstance(mean, float) or not isinstance(base, float):
         return None
-    return {"ratio": base / mean, "difference": mean - base, "change": mean / base - 1}[metric.versus_baseline]
+    match metric.versus_baseline:
+        case "ratio":
+            return base / mean if mean else None
+        case "difference":
+            return mean - base
+        case "change":
+            return mean / base - 1 if base else None
+    return None
