@@ -18,7 +18,7 @@ backward pass reads.
 
 Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
-kernels/division/__init__.py.
+kernels/division.
 
 Linear inputs [..., L, F] are not in the official CNN code. As in its T5 sibling, means run over blocks of tokens; bounds are those of each
 feature of a sample (there: of a sample), so that a few features of large values do not widen those of the others. Tokens are scaled to one

@@ -14,7 +14,7 @@ block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp
 
 Norms keep their normalised input, which is all their backward pass reads. Weight gradients, and the input gradients of norms, are computed
 from the decoded input and are approximate; with stochastic rounding its expectation is the input. The code itself is in
-kernels/quantize/__init__.py. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
+kernels/quantize. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
 
 levels="normal" is a study: inputs of BatchNorm2d, close to normal in each channel, in Q-bit levels that are fixed for a normal
 distribution (kernels/lloyd_max/), at Q + 64 / (elements of a channel of the batch) bits per element.
