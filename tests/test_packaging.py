@@ -256,31 +256,6 @@ def test_the_example_of_another_kind_of_edit_works(monkeypatch):
     assert actpress.restore(twin) == ["0", "1"]
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory) -> Path:
-    """A copy of the source with the files of the guide's three examples, and nothing else changed."""
-    copied = tmp_path_factory.mktemp("extended")
-    for folder in ("configs", "scripts", "src", "tests"):
-        shutil.copytree(ROOT / folder, copied / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copied)
-    package = copied / "src" / "actpress"
-    shutil.copytree(ROOT / "kernels", package / "kernels", dirs_exist_ok=True)  # where an installed package has it
-    kernel, method, layer, around = blocks("CONTRIBUTING.md")
-    half, recompute = blocks("CONTRIBUTING.md", "yaml")
-    for path, text in {
-        package / "kernels" / "half" / "__init__.py": kernel,
-        package / "methods" / "half.py": method,
-        package / "layers" / "hardshrink.py": layer,
-        package / "methods" / "recompute.py": around,
-        copied / "configs" / "method" / "half.yaml": half,
-        copied / "configs" / "method" / "recompute.yaml": recompute,
-    }.items():
-        path.parent.mkdir(exist_ok=True)
-        assert not path.exists()
-        path.write_text(text)
-    return copied
-
-
 LAYER = """
 import torch, actpress
 from torch import nn
@@ -301,6 +276,32 @@ assert torch.equal(exact, got)
 assert actpress.measure.saved_bytes(lambda: net(x).sum()) < before / 4
 print("layer found")
 """
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the source with the files of the guide's three examples, and nothing else changed."""
+    copied = tmp_path_factory.mktemp("extended")
+    for folder in ("configs", "scripts", "src", "tests"):
+        shutil.copytree(ROOT / folder, copied / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copied)
+    package = copied / "src" / "actpress"
+    shutil.copytree(ROOT / "kernels", package / "kernels", dirs_exist_ok=True)  # where an installed package has it
+    kernel, method, layer, around = blocks("CONTRIBUTING.md")
+    half, recompute = blocks("CONTRIBUTING.md", "yaml")
+    for path, text in {
+        package / "kernels" / "half" / "__init__.py": kernel,
+        package / "methods" / "half.py": method,
+        package / "layers" / "hardshrink.py": layer,
+        package / "methods" / "recompute.py": around,
+        copied / "configs" / "method" / "half.yaml": half,
+        copied / "configs" / "method" / "recompute.yaml": recompute,
+        copied / "try_layer.py": LAYER,
+    }.items():
+        path.parent.mkdir(exist_ok=True)
+        assert not path.exists()
+        path.write_text(text)
+    return copied
 
 
 @pytest.mark.slow
@@ -325,7 +326,7 @@ print("layer found")
             ],
             "-half-s0-",
         ),
-        (["-c", LAYER], "layer found"),
+        (["try_layer.py"], "layer found"),
     ],
     ids=["contract of a method", "contract of an edit", "audit a method", "audit an edit", "train", "layer"],
 )
