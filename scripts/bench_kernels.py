@@ -46,20 +46,9 @@ def parser() -> command.Parser:
 
 def main(given: list[str]) -> int:
     options = parser().parse_args(given)
+    options.out = options.out or FOLDERS[options.profile]
     try:
-        kernels.check_device(options.profile)
-        cases = kernels.chosen_cases(options.cases, options.names)
-        wanted = kernels.Options(
-            cases=cases,
-            dtypes=kernels.chosen_dtypes(options.dtypes, cases),
-            what=kernels.chosen_what(options.what),
-            default_only=options.configs == "default",
-            budget=options.budget,
-            tiny=options.profile == "tiny",
-            fresh=options.fresh,
-            out=options.out or FOLDERS[options.profile],
-        )
-        path, wrong = kernels.measure_all(wanted)
+        path, wrong = kernels.measure_all(kernels.select(**vars(options)))
     except ValueError as error:
         raise InputError(str(error)) from error
     if path.is_file():

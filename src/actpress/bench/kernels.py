@@ -10,7 +10,7 @@ Needs no Hydra. In Triton's interpreter, on a CPU, times mean nothing.
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -48,30 +48,48 @@ class Options(NamedTuple):
     out: Path
 
 
-def chosen_cases(prefixes: Sequence[str], names: Sequence[str]) -> list[launch.Case]:
-    """Cases whose name starts with one of `prefixes`, of these the ones called `names`, in that order. Empty: all. Raises ValueError."""
-    found = registry.cases_named(tuple(prefixes))
-    if unknown := set(names) - set(found):
-        raise ValueError(f"--names {','.join(sorted(unknown))}, allowed: {', '.join(found)}")
-    return [found[name] for name in names or found]
+def select(
+    *,
+    cases: Sequence[str],
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    what: Sequence[str],
+    configs: str,
+    profile: str,
+    budget: float,
+    fresh: bool,
+    out: Path,
+) -> Options:
+    """The options that command-line arguments stand for. Raises ValueError, on one line, for what is unknown or impossible here.
+
+    cases: prefixes of names; names: whole names, in the order to measure. Empty lists stand for all. configs: all or default. profile: full
+    or tiny.
+    """
+    named = registry.cases_named(tuple(cases))
+    _check_names("names", names, named)
+    chosen = [named[name] for name in names or named]
+    known = {registry.name_of(dtype): dtype for dtype in (*ORDER, *(dtype for case in chosen for dtype in case.dtypes))}
+    _check_names("dtypes", dtypes, known)
+    _check_names("what", what, WHAT)
+    _check_device(profile)
+    return Options(
+        cases=chosen,
+        dtypes=[dtype for name, dtype in known.items() if not dtypes or name in dtypes or dtype not in ORDER],
+        what=tuple(what) or WHAT,
+        default_only=configs == "default",
+        budget=budget,
+        tiny=profile == "tiny",
+        fresh=fresh,
+        out=out,
+    )
 
 
-def chosen_dtypes(names: Sequence[str], cases: list[launch.Case]) -> list[torch.dtype]:
-    """The dtypes called `names`, all if empty; and those of the cases that are not floating, such as masks. Raises ValueError."""
-    found = {registry.name_of(dtype): dtype for dtype in (*ORDER, *(dtype for case in cases for dtype in case.dtypes))}
-    if unknown := set(names) - set(found):
-        raise ValueError(f"--dtypes {','.join(sorted(unknown))}, allowed: {', '.join(found)}")
-    return [dtype for name, dtype in found.items() if not names or name in names or dtype not in ORDER]
+def _check_names(option: str, names: Sequence[str], allowed: Collection[str]) -> None:
+    if unknown := set(names) - set(allowed):
+        raise ValueError(f"--{option} {','.join(sorted(unknown))}, allowed: {', '.join(allowed)}")
 
 
-def chosen_what(names: Sequence[str]) -> tuple[str, ...]:
-    """The members of WHAT called `names`, all if empty. Raises ValueError."""
-    if unknown := set(names) - set(WHAT):
-        raise ValueError(f"--what {','.join(sorted(unknown))}, allowed: {', '.join(WHAT)}")
-    return tuple(names) or WHAT
-
-
-def check_device(profile: str) -> None:
+def _check_device(profile: str) -> None:
     """Raise ValueError unless profile full has a CUDA device, and tiny Triton's interpreter."""
     interpreted = triton.knobs.runtime.interpret
     if interpreted != (profile == "tiny"):
