@@ -21,7 +21,7 @@ def profile_step(setting: steps.Setting, method: str, configs: Path) -> dict[str
     """The profile of one method, the longest kernel first."""
     cfg = setting.training_config(configs, method)
     device = config.device(cfg.runtime.device)
-    trainer, x, y, _ = steps.prepare(setting, cfg, device)
+    trainer, x, y = steps.prepare(setting, cfg, device)
     for _ in range(WARMUP):
         trainer.train_step(x, y)
     cuda = device.type == "cuda"
