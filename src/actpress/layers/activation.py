@@ -33,7 +33,7 @@ class _Activation(Function):
     def forward(ctx, x, name, options, inplace, overwritten, codec, context, origin):
         """inplace: y is written into x here. overwritten: x will not hold its values in the backward pass."""
         formula = FORMULAS[name]
-        plain = name == formula.function and not inplace  # formulas of libraries are kept to the bit
+        plain = name == formula.function and not inplace  # a library's formula is computed as it is written
         fused = codec.forward_activation(x, formula.function) if plain and not codec.derivative else None
         ctx.dense = False
         if fused is not None:

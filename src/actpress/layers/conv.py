@@ -95,22 +95,22 @@ def _padded(x: Tensor, padding: str, kernel: Sequence[int], dilation: Sequence[i
 
 
 def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, codec, context, origin="conv1d()"):
-    """F.conv1d that keeps its input [N, C, L] as `codec` says."""
+    """F.conv1d that saves its input [N, C, L] as `codec` says."""
     return _convolution(input, weight, bias, stride, padding, dilation, groups, codec, context, origin)
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, codec, context, origin="conv2d()"):
-    """F.conv2d that keeps its input [N, C, H, W] as `codec` says."""
+    """F.conv2d that saves its input [N, C, H, W] as `codec` says."""
     return _convolution(input, weight, bias, stride, padding, dilation, groups, codec, context, origin)
 
 
 def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, codec, context, origin="conv3d()"):
-    """F.conv3d that keeps its input [N, C, D, H, W] as `codec` says."""
+    """F.conv3d that saves its input [N, C, D, H, W] as `codec` says."""
     return _convolution(input, weight, bias, stride, padding, dilation, groups, codec, context, origin)
 
 
 class _ConvLayer(Layer):
-    """nn.Conv1d, Conv2d or Conv3d that keeps its (padded, unless padding is zeros) input [N, C, *axes] as `codec` says."""
+    """nn.Conv1d, Conv2d or Conv3d that saves its (padded, unless padding is zeros) input [N, C, *axes] as `codec` says."""
 
     kind = "maps"
 

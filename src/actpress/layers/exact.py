@@ -1,4 +1,4 @@
-"""Layers whose gradient is exact from less than stock PyTorch keeps: masks of one bit, window offsets of one byte, or nothing.
+"""Layers whose gradient is exact from less than stock PyTorch saves: masks of one bit, window offsets of one byte, or nothing.
 
     ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid    1 bit per element: on which side of a bend x lies
     Dropout                                          1 bit per element
@@ -41,7 +41,7 @@ class _ReLU(Function):
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """F.relu that keeps one bit per element instead of its output."""
+    """F.relu that saves one bit per element instead of its output."""
     if not records(input, input):
         return F.relu(input, inplace)
     if torch.compiler.is_compiling():  # compiled code decides on its own buffers
@@ -60,7 +60,7 @@ def into(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
 
 
 class ReLU(Layer, nn.ReLU):
-    """nn.ReLU that keeps one bit per element instead of its output."""
+    """nn.ReLU that saves one bit per element instead of its output."""
 
     kind, functional = "exact", ("relu", "relu_")
 
@@ -118,7 +118,7 @@ def _bent(x: Tensor, name: str, options: tuple[float, ...], inplace: bool) -> Te
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """F.leaky_relu that keeps one bit per element."""
+    """F.leaky_relu that saves one bit per element."""
     return _bent(input, "leaky_relu", (negative_slope,), inplace)
 
 
@@ -133,22 +133,22 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """F.relu6 that keeps one bit per element."""
+    """F.relu6 that saves one bit per element."""
     return _bent(input, "relu6", (), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """F.hardtanh that keeps one bit per element."""
+    """F.hardtanh that saves one bit per element."""
     return _bent(input, "hardtanh", (min_val, max_val), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """F.hardsigmoid that keeps one bit per element."""
+    """F.hardsigmoid that saves one bit per element."""
     return _bent(input, "hardsigmoid", (), inplace)
 
 
 class LeakyReLU(Layer, nn.LeakyReLU):
-    """nn.LeakyReLU that keeps one bit per element."""
+    """nn.LeakyReLU that saves one bit per element."""
 
     kind, functional = "exact", ("leaky_relu", "leaky_relu_")
 
@@ -157,7 +157,7 @@ class LeakyReLU(Layer, nn.LeakyReLU):
 
 
 class ReLU6(Layer, nn.ReLU6):
-    """nn.ReLU6 that keeps one bit per element."""
+    """nn.ReLU6 that saves one bit per element."""
 
     kind, functional = "exact", ("relu6",)
 
@@ -166,7 +166,7 @@ class ReLU6(Layer, nn.ReLU6):
 
 
 class Hardtanh(Layer, nn.Hardtanh):
-    """nn.Hardtanh that keeps one bit per element."""
+    """nn.Hardtanh that saves one bit per element."""
 
     kind, functional = "exact", ("hardtanh", "hardtanh_")
 
@@ -177,7 +177,7 @@ class Hardtanh(Layer, nn.Hardtanh):
 
 
 class Hardsigmoid(Layer, nn.Hardsigmoid):
-    """nn.Hardsigmoid that keeps one bit per element."""
+    """nn.Hardsigmoid that saves one bit per element."""
 
     kind, functional = "exact", ("hardsigmoid",)
 
@@ -206,13 +206,13 @@ class _Dropout(Function):
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """F.dropout that keeps one bit per element. It draws the mask stock dropout would draw."""
+    """F.dropout that saves one bit per element. It draws the mask stock dropout would draw."""
     active = training and 0 < p < 1 and not inplace
     return _Dropout.apply(input, p) if active and records(input, input) else F.dropout(input, p, training, inplace)
 
 
 class Dropout(Layer, nn.Dropout):
-    """nn.Dropout that keeps one bit per element. It draws the mask stock dropout would draw."""
+    """nn.Dropout that saves one bit per element. It draws the mask stock dropout would draw."""
 
     kind, functional = "exact", ("dropout",)
 
@@ -257,7 +257,7 @@ class _MaxPool2dBackward(Function):
 def max_pool2d(
     input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ) -> Tensor:
-    """F.max_pool2d that keeps one byte per output instead of its input and an int64 index."""
+    """F.max_pool2d that saves one byte per output instead of its input and an int64 index."""
     stride = kernel_size if stride is None or stride == [] or stride == () else stride
     if return_indices or not records(input, input):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
@@ -266,7 +266,7 @@ def max_pool2d(
 
 
 class MaxPool2d(Layer, nn.MaxPool2d):
-    """nn.MaxPool2d that keeps one byte per output instead of its input and an int64 index."""
+    """nn.MaxPool2d that saves one byte per output instead of its input and an int64 index."""
 
     kind, functional = "exact", ("max_pool2d",)
 
@@ -300,14 +300,14 @@ def avg_pool2d(
     count_include_pad=True,
     divisor_override=None,
 ) -> Tensor:
-    """F.avg_pool2d that keeps nothing: stock PyTorch keeps its input, of which the backward pass reads only the shape."""
+    """F.avg_pool2d that saves nothing: stock PyTorch saves its input, of which the backward pass reads only the shape."""
     stride = kernel_size if stride is None or stride == [] or stride == () else stride
     window = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return _AvgPool2d.apply(input, *window) if records(input, input) else F.avg_pool2d(input, *window)
 
 
 class AvgPool2d(Layer, nn.AvgPool2d):
-    """nn.AvgPool2d that keeps nothing."""
+    """nn.AvgPool2d that saves nothing."""
 
     kind, functional = "exact", ("avg_pool2d",)
 

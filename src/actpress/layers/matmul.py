@@ -53,7 +53,7 @@ def linear(
     context: Context,
     origin: str = "linear()",
 ) -> Tensor:
-    """F.linear that keeps its input [..., in] as `codec` says."""
+    """F.linear that saves its input [..., in] as `codec` says."""
     if not records(input, weight) or input.shape[-1:] != weight.shape[-1:]:  # PyTorch's own error
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, False, codec, context, origin)[0]
@@ -71,7 +71,7 @@ def addmm(
 
 
 class Linear(Layer, nn.Linear):
-    """nn.Linear that keeps its input x [..., in] as `codec` says."""
+    """nn.Linear that saves its input x [..., in] as `codec` says."""
 
     kind, functional = "tokens", ("linear",)
 

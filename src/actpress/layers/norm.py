@@ -1,4 +1,4 @@
-"""Normalisation layers: mean and inverse deviation stay exact, the normalised input is kept as the codec says.
+"""Normalisation layers: mean and inverse deviation stay exact, the normalised input is saved as the codec says.
 
 The backward pass of a norm, y = w xhat + b with xhat = (x - mean) / deviation, reads xhat alone:
 
@@ -114,7 +114,7 @@ def batch_norm(
     context: Context,
     origin: str = "batch_norm()",
 ) -> Tensor:
-    """F.batch_norm that keeps its input [N, C] or [N, C, *axes], normalised, as `codec` says. Standardised weights stay stock."""
+    """F.batch_norm that saves its input [N, C] or [N, C, *axes], normalised, as `codec` says. Standardised weights stay stock."""
     if _is_parameter(input) or not records(input, input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and (input.numel() == input.shape[1] or eps <= 0):  # PyTorch's own errors
@@ -128,7 +128,7 @@ def _is_parameter(x: Tensor) -> bool:
 
 
 class _BatchNormLayer(Layer):
-    """nn.BatchNorm1d, BatchNorm2d or BatchNorm3d that keeps its normalised input [N, C, *axes] as `codec` says."""
+    """nn.BatchNorm1d, BatchNorm2d or BatchNorm3d that saves its normalised input [N, C, *axes] as `codec` says."""
 
     kind, functional = "maps", ("batch_norm",)
 
@@ -200,7 +200,7 @@ def layer_norm(
     context: Context,
     origin: str = "layer_norm()",
 ) -> Tensor:
-    """F.layer_norm that keeps its input [..., *normalized_shape], normalised, as `codec` says."""
+    """F.layer_norm that saves its input [..., *normalized_shape], normalised, as `codec` says."""
     if not records(input, input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     # CUDA's autocast runs layer norm in fp32; the operation called here is below autocast
@@ -209,7 +209,7 @@ def layer_norm(
 
 
 class LayerNorm(Layer, nn.LayerNorm):
-    """nn.LayerNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
+    """nn.LayerNorm that saves its normalised input [..., *normalized_shape] as `codec` says."""
 
     kind, functional = "token norms", ("layer_norm",)
 
@@ -265,7 +265,7 @@ def group_norm(
     context: Context,
     origin: str = "group_norm()",
 ) -> Tensor:
-    """F.group_norm that keeps its input [N, C, *axes], normalised, as `codec` says."""
+    """F.group_norm that saves its input [N, C, *axes], normalised, as `codec` says."""
     autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
     if not records(input, input, weight, bias) or input.dim() < 3:
         return F.group_norm(input, num_groups, weight, bias, eps)
@@ -277,7 +277,7 @@ def group_norm(
 
 
 class GroupNorm(Layer, nn.GroupNorm):
-    """nn.GroupNorm that keeps its normalised input [N, C, *axes] as `codec` says."""
+    """nn.GroupNorm that saves its normalised input [N, C, *axes] as `codec` says."""
 
     kind, functional = "maps", ("group_norm",)
 

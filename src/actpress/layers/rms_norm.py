@@ -64,7 +64,7 @@ def rms_norm(
     context: Context,
     origin: str = "rms_norm()",
 ) -> Tensor:
-    """F.rms_norm that keeps its input [..., *normalized_shape], normalised, as `codec` says."""
+    """F.rms_norm that saves its input [..., *normalized_shape], normalised, as `codec` says."""
 
     def compute(x: Tensor) -> Tensor:
         return F.rms_norm(x, tuple(normalized_shape), weight, eps)
@@ -76,7 +76,7 @@ def rms_norm(
 
 
 class RMSNorm(Layer, nn.RMSNorm):
-    """nn.RMSNorm that keeps its normalised input [..., *normalized_shape] as `codec` says."""
+    """nn.RMSNorm that saves its normalised input [..., *normalized_shape] as `codec` says."""
 
     kind, functional = "token norms", ("rms_norm",)
 

@@ -1,20 +1,20 @@
 """DIVISION (Wang et al., ICML 2023, arXiv 2208.04187): low frequencies in bf16, the rest in Q bits.
 
 The idea: the backward pass mainly uses the low-frequency part of an activation map, memory goes to the high-frequency part.
-Stock PyTorch keeps the input of every convolution and batch norm and the output of every ReLU, 32 bits per element each in
-fp32. We keep
+Stock PyTorch saves the input of every convolution and batch norm and the output of every ReLU, 32 bits per element each in
+fp32. We save
 
     inputs of convolutions, BatchNorm, GroupNorm     block means + Q-bit rest, about Q + .26 bits per element at 56x56
     Linear inputs                                    the same over tokens, see below
     LayerNorm, RMSNorm inputs                        4 bits, or Q if that is more, between each token's bounds
     ReLU and its kin (layers.exact), Dropout         1 bit per element, exact
     MaxPool2d                                        8 bits per output, exact
-    AvgPool2d                                        nothing, exact (stock keeps its input)
+    AvgPool2d                                        nothing, exact (stock saves its input)
     Hardswish, Sigmoid, Tanh, ELU, Mish, Softplus    the derivative, 4 bits per element, or Q if that is more
 
 Three things differ from the official code by default, at the same bytes: blocks cover the whole map (align), the means are left out of
-maps that are coded more exactly without them, those after a ReLU above all (lfc), and norms keep their normalised input, which is all their
-backward pass reads.
+maps that are encoded more exactly without them, those after a ReLU above all (lfc), and norms save their normalised input, which is all
+their backward pass reads.
 
 Weight gradients, and the input gradient of batch norm, are computed from the decoded input x~ and are approximate; E[x~] = x, since
 rounding is stochastic. Input gradients of convolutions and linears, bias gradients and masks are exact. The code itself is in
@@ -106,7 +106,7 @@ class Division(Method):
     align: "ceil", blocks that cover the whole map, and one code for a tensor read by several layers; "authors", the layout
         of the official CNN code: floor-mode blocks, block means in every map, one code per reader, inputs of BatchNorm2d as they are
         (their means are subtracted, which is as close), everything but Conv2d, BatchNorm2d and exact layers left dense.
-    lfc: "auto", block means are left out of the maps that are coded more exactly without them; "always", they are subtracted in every
+    lfc: "auto", block means are left out of the maps that are encoded more exactly without them; "always", they are subtracted in every
         map, as align="authors" always does. The bytes are the same.
     relu_mask: decode to exact zeros where the input is the output of a ReLU that zeroed it, by the mask which that ReLU saves anyway: no
         bytes more, unless hooks on saved tensors copy each. It matters in maps whose block means are subtracted; the others hold such

@@ -1,7 +1,7 @@
 """Few-Bit activations (Novikov et al., ICML 2023, arXiv 2202.00441): the derivative rounded to one of 2^bits values.
 
-The idea: the backward pass of y = GELU(x) reads only f'(x), a number between about -.13 and 1.13. Stock PyTorch keeps x for it, 32 bits
-per element in fp32. We keep
+The idea: the backward pass of y = GELU(x) reads only f'(x), a number between about -.13 and 1.13. Stock PyTorch saves x for it, 32 bits
+per element in fp32. We save
 
     GELU (erf, tanh), SiLU, QuickGELU    1 to 4 bits per element
 
@@ -58,7 +58,7 @@ class FewBit(Method):
 
     bits: 1, 2, 3 or 4 bits per element (the paper's main setting: 3).
     forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the code; "fused", on a GPU one pass makes
-        both: one read of the input less, but the output may differ from stock's in the last bit. What is kept is the same. On a CPU, for
+        both: one read of the input less, but the output may differ from stock's in the last bit. What is saved is the same. On a CPU, for
         in-place layers and for other libraries' own formulas both are "stock".
     Raises ValueError on other values.
     """

@@ -1,6 +1,6 @@
 """Inverted activations (Novikov and Oseledets, 2024, arXiv 2407.15545): the derivative from the output and one bit.
 
-The idea: stock PyTorch keeps the input x of y = GELU(x), and the linear layer that follows keeps y. But y and one bit, on which side
+The idea: stock PyTorch saves the input x of y = GELU(x), and the linear layer that follows keeps y. But y and one bit, on which side
 of the function's minimum x lies, determine x. So
 
     GELU (erf, tanh), SiLU, QuickGELU    own output y, shared with the next layer, + 1 bit per element
@@ -8,7 +8,7 @@ of the function's minimum x lies, determine x. So
 and a block Linear-GELU-Linear keeps 1.031 hidden tensors in fp32 (1.0625 in bf16) instead of 2. dx = dy * f'(f^-1(y, bit)) is approximate,
 in bf16 and fp16 hardly more than rounding y costs in any case (configs/tables/inverted_error.yaml); everything else is exact.
 
-It saves only where the next layer keeps that very tensor. With dropout between, a frozen next layer or a codec on it, y is kept for the
+It saves only where the next layer keeps that very tensor. With dropout between, a frozen next layer or a codec on it, y is saved for the
 activation alone and the bit comes on top: `apply` leaves a one-time check that warns and names such places. Nor does it save where
 another layer keeps x. In-place changes of y by the next operation (an in-place dropout) raise PyTorch's error in the backward pass.
 
@@ -63,7 +63,7 @@ class Inverted(Method):
     """Inverted activations.
 
     forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the bit; "fused", on a GPU one pass makes
-        both: one read of the input less, but the output may differ from stock's in the last bit. What is kept is the same. On a CPU, for
+        both: one read of the input less, but the output may differ from stock's in the last bit. What is saved is the same. On a CPU, for
         in-place layers and for other libraries' own formulas both are "stock".
     decoder: "fine", the derivative from its output to within 2e-6 in exact arithmetic; "medium" to within 6e-4, "coarse" to within
         1.5e-3, with fewer instructions. In bf16 the rounding of the output costs more than either (configs/tables/inverted_ablation.yaml).

@@ -1,6 +1,6 @@
 """Block-sparse activation pruning (Barley and Froening, 2023, arXiv 2311.16883): "Compressing the Backward Pass".
 
-The idea: most of a linear layer's input hardly moves its weight gradient. Stock PyTorch keeps the input of every Linear whole, we
+The idea: most of a linear layer's input hardly moves its weight gradient. Stock PyTorch saves the input of every Linear whole, we
 keep the blocks of it with the largest mean |x| and forget the rest:
 
     Linear input    (1 - sparsity) * (itemsize + 4 / (bh * bw)) bytes per element: .81 instead of 4 in fp32 at 80% and 8x8

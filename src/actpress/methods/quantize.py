@@ -2,7 +2,7 @@
 
 The idea, common to ActNN (arXiv 2104.14129), GACT (2206.11357) and Mesa (2111.11124): the backward pass stands a coarse copy of an
 activation, as long as it is right on average. It is DIVISION without its low-frequency part: what a map costs less, and whether the
-block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp32; we keep
+block means are worth their bytes. Stock PyTorch saves 32 bits per element in fp32; we save
 
     inputs of convolutions and norms of maps         Q + 32 / (elements of a group) bits per element
     inputs of Linear                                 the same of tokens scaled to one size, and 16 bits a token (methods/scaled_tokens.py)
@@ -12,7 +12,7 @@ block means are worth their bytes. Stock PyTorch keeps 32 bits per element in fp
     AvgPool2d                                        nothing, exact
     Hardswish, Sigmoid, Tanh, ELU, Mish, Softplus    the derivative, 4 bits per element, or Q if that is more
 
-Norms keep their normalised input, which is all their backward pass reads. Weight gradients, and the input gradients of norms, are computed
+Norms save their normalised input, which is all their backward pass reads. Weight gradients, and the input gradients of norms, are computed
 from the decoded input and are approximate; with stochastic rounding its expectation is the input. The code itself is in
 kernels/quantize. ActNN's adaptive bits and Mesa's moving averages are not here: one Q for all, each tensor's own bounds.
 
@@ -139,7 +139,7 @@ class Quantize(Method):
 
 
 def token_norm_codec(bits: int, grouping: str = "sample", size: int = 256) -> QuantizeCodec:
-    """What norms of tokens keep their normalised input by, rows of a token each: 4 bits at least, to the nearest level.
+    """What norms of tokens save their normalised input by, rows of a token each: 4 bits at least, to the nearest level.
 
     Their input gradient is not linear in it, so unbiased noise is not unbiased there. Errors add up over the many norms of a transformer.
     """
@@ -147,5 +147,5 @@ def token_norm_codec(bits: int, grouping: str = "sample", size: int = 256) -> Qu
 
 
 def derivative_codec(bits: int) -> QuantizeCodec:
-    """What smooth activations keep their derivatives by: 4 bits at least, to the nearest level."""
+    """What smooth activations save their derivatives by: 4 bits at least, to the nearest level."""
     return QuantizeCodec(max(bits, 4), "group", 256, "nearest")

@@ -1,8 +1,8 @@
-"""Inputs of linear layers are coded as tokens of one size, and the size of each token is kept beside them.
+"""Inputs of linear layers are encoded as tokens of one size, and the size of each token is saved beside them.
 
 A small token is lost in a code whose bounds it shares with large ones. Its error then dominates the weight gradient x^T dy, for a norm
 behind the layer makes dy larger by as much as the token is smaller. A class token is often small beside the patches. So each token is
-divided by its root mean square before it is coded, and multiplied by it after decoding. The root mean square takes 16 bits a token.
+divided by its root mean square before it is encoded, and multiplied by it after decoding. The root mean square takes 16 bits a token.
 
 Source: none, this is ours.
 """

@@ -1,10 +1,10 @@
-"""What a method saves in one model, measured: bytes kept for backward before and after, and what stayed dense.
+"""What a method saves in one model, measured: bytes saved for backward before and after, and what stayed dense.
 
     with a sample input      a training forward pass of a copy before, and one after: exact, module by module
-    without                  the first training forward pass of the model itself is watched, once. What is kept is then exact; what
+    without                  the first training forward pass of the model itself is watched, once. What is saved is then exact; what
                              stock layers would have kept is estimated from the inputs and outputs that the replaced ones saw
 
-The watch says nothing about passes whose tensors other hooks keep (checkpointing, offloading), see firstpass for when it waits.
+The watch says nothing about passes whose tensors other hooks keep (checkpointing, offloading), see first_pass.py for when it waits.
 """
 
 import copy
@@ -33,9 +33,9 @@ from actpress.swap.state import has_started, set_epoch, start_epoch
 MIB = 2**20
 NAMED = 4  # dense types that a warning names
 
-PRODUCTS = (nn.Linear, _ConvNd)  # keep their input, in autocast's dtype, where the weight is trained
+PRODUCTS = (nn.Linear, _ConvNd)  # save their input, in autocast's dtype, where the weight is trained
 KEEP_OUTPUT = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softmax)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)  # keep their input and an int64 for each output
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)  # save their input and an int64 for each output
 
 
 class Inputs(NamedTuple):
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One storage that is kept for backward."""
+    """One storage that is saved for backward."""
 
     owner: str  # the module that was running when it was saved first, "" for the model itself
     others: tuple[str, ...]  # modules that saved it later
@@ -96,7 +96,7 @@ class Owners(SavedBytes):
         self._owner[saved] = self._running[-1]
 
     def pieces(self) -> list[Piece]:
-        """What is kept on the device; a storage belongs to the first module that saved it."""
+        """What is saved on the device; a storage belongs to the first module that saved it."""
         readers: dict[int, list[str]] = defaultdict(list)
         for saved, name in self._owner.items():
             for tensor in saved.device_tensors():
@@ -109,16 +109,16 @@ class Owners(SavedBytes):
 
 
 class Dense(NamedTuple):
-    """What stayed as stock PyTorch keeps it, of one type of module."""
+    """What stayed as stock PyTorch saves it, of one type of module."""
 
     type: str
     bytes: int
-    share: float  # of all bytes that are kept under the method
+    share: float  # of all bytes that are saved under the method
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Bytes kept for backward by the modules of a model, "" being the model itself, stock and under a method."""
+    """Bytes saved for backward by the modules of a model, "" being the model itself, stock and under a method."""
 
     method: str
     before: Mapping[str, int]
@@ -137,7 +137,7 @@ class Saving:
 
     @property
     def ratio(self) -> float:
-        """How many times less is kept; inf where nothing is."""
+        """How many times less is saved; inf where nothing is."""
         return self.saved_before / self.saved_after if self.saved_after else float("inf")
 
     def table(self, groups: Mapping[str, str], counts: Mapping[str, int]) -> str:
@@ -168,7 +168,7 @@ class Saving:
         return text + (f"\nstayed dense, share of what is kept: {largest}" if largest else "")
 
     def warn_below(self, worth: float) -> None:
-        """A UserWarning where the method keeps less than `worth` times less."""
+        """A UserWarning where stock PyTorch would save fewer than `worth` times the method's bytes."""
         if self.ratio < worth:
             warnings.warn(f"actpress: {self.summary()}", stacklevel=3)
 
@@ -211,7 +211,7 @@ def dense_items(found: Kept) -> list[Dense]:
 
 
 def watch(model: nn.Module, method: str, worth: float) -> None:
-    """Warn, once, after the first training forward pass, where the method keeps less than `worth` times less. See firstpass.
+    """Warn once, after the first training forward pass, where stock PyTorch would save fewer than `worth` times the method's bytes.
 
     Of several methods applied to one model before that pass, the sum is watched.
     """
@@ -302,7 +302,7 @@ class _Estimate(Owners):
             self._seen[key] = (StorageWeakRef(storage), size)
 
     def stock_bytes(self) -> int:
-        """What is kept dense now, and what the replaced modules read."""
+        """What is saved dense now, and what the replaced modules read."""
         modules = {name: module for module, name in self._names.items()}
         live = {key for key, (reference, _) in self._seen.items() if not reference.expired()}
         dense = (
@@ -323,7 +323,7 @@ def _measuring(pack: Any) -> Any:
 
 def _is_dense(piece: Piece, modules: Mapping[str, nn.Module]) -> bool:
     """Replaced modules keep codes. Those of which functions were replaced keep codes in integers, and other tensors; a library's layer,
-    which keeps its own forward, may compute its weight (weight standardisation), and stock PyTorch keeps that too."""
+    which keeps its own forward, may compute its weight (weight standardisation), and stock PyTorch saves that too."""
     module, tensor = modules[piece.owner], piece.tensor
     note = applied.of(module)
     if note is None:

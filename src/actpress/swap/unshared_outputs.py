@@ -1,7 +1,7 @@
-"""Warns where an activation keeps its output and no other layer keeps that tensor too: there the method costs memory instead of saving it.
+"""Warns where an activation saves its output and no other layer keeps that tensor too: there the method costs memory instead of saving it.
 
 On the first training forward pass of the model every leaf module is watched for reading the storage of such an output. Those known to
-keep nothing of it for backward are named: dropout, frozen linear layers, layers with a compressing codec, layers that autocast hands a
+save nothing of it for backward are named: dropout, frozen linear layers, layers with a compressing codec, layers that autocast hands a
 copy. Then all hooks are gone. Of readers that are no modules (a gate that multiplies, a function) nothing is known and nothing is said.
 Compiled code cannot be watched: under torch.compile the watch waits for a forward pass in eager mode.
 """
@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from actpress.codec import Codec, Dense
 from actpress.swap.first_pass import FirstPass
 
-PASSING = (nn.Identity, nn.Flatten, nn.Unflatten)  # hand on the same memory and keep nothing
+PASSING = (nn.Identity, nn.Flatten, nn.Unflatten)  # hand on the same memory and save nothing
 
 
 class _Output(NamedTuple):
@@ -27,7 +27,7 @@ class _Output(NamedTuple):
 
 
 def watch(model: nn.Module) -> None:
-    """Check, once, on the first training forward pass, that what the model's activations keep is kept by others too.
+    """Check, once, on the first training forward pass, that what the model's activations keep is saved by others too.
 
     Issues one UserWarning that names them.
     """
@@ -38,7 +38,7 @@ class _Sharing(FirstPass):
     def __init__(self):
         super().__init__()
         self.outputs: dict[int, _Output] = {}
-        self.readers: dict[str, list[str]] = {}  # activation -> why each of its readers keeps nothing, "" if it does
+        self.readers: dict[str, list[str]] = {}  # activation -> why each of its readers saves nothing, "" if it does
 
     def start(self, model: nn.Module) -> None:
         for module in self.names:
@@ -72,7 +72,7 @@ class _Sharing(FirstPass):
 
 
 def keeps_output(module: nn.Module) -> bool:
-    """Is this an activation that keeps its output for backward?"""
+    """Whether this is an activation that saves its output for the backward pass."""
     codec = getattr(module, "codec", None)
     return isinstance(codec, Codec) and codec.keeps_output
 
@@ -84,7 +84,7 @@ def why_not_kept(module: nn.Module, x: Tensor) -> str | None:
         return f"is dropout (p={module.p:g}), which makes a new tensor" if module.training and module.p > 0 else None
     if codec is not None and not isinstance(codec, Dense):
         return "keeps a code of its input"
-    if isinstance(module, nn.Linear) and not module.weight.requires_grad:  # a frozen convolution keeps its input
+    if isinstance(module, nn.Linear) and not module.weight.requires_grad:  # a frozen convolution saves its input
         return "is frozen and keeps no input"
     if isinstance(module, nn.Linear | _ConvNd):
         device = x.device.type
