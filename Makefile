@@ -84,10 +84,10 @@ wheelhouse: $(STAMP) ## fill wheelhouse/ with the wheels install-offline needs: 
 	$(RUN) -m pip download --quiet --disable-pip-version-check --only-binary=:all: $(WHEELS_FOR) --find-links $(WHEELHOUSE) -c constraints.txt -d $(WHEELHOUSE) $(WHEELS)
 	@du -ah $(WHEELHOUSE)
 
-test: $(STAMP) ## run the quick tests, WORKERS=2 at a time (0: in this process, for a debugger)
+test: $(STAMP) ## run the quick tests: four minutes on two cores, WORKERS=2 at a time (0: in this process, for a debugger)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
-test-all: $(STAMP) ## run the slow tests too (all but those that need a GPU)
+test-all: $(STAMP) ## run all tests but those that need a GPU: what CI runs
 	$(PYTEST) $(PARALLEL) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
