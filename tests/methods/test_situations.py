@@ -322,7 +322,7 @@ def test_the_arguments_of_layers_and_functions_have_the_names_of_stock():
         "silu",
     ):
         ours, stock = getattr(layers, name, getattr(activation, name, None)), getattr(F, name)
-        own = {"codec", "derivative", "origin"}
+        own = {"codec", "context", "origin"}
         got = {n: p.default for n, p in inspect.signature(ours).parameters.items() if n not in own}
         assert got == {n: p.default for n, p in inspect.signature(stock).parameters.items()}, name
 
