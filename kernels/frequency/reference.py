@@ -44,7 +44,7 @@ def low_reference(x: Tensor, block: int, transform: str) -> Tensor:
 def low_bytes(shape: torch.Size, block: int) -> int:
     """Bytes of the low part of a map of this shape."""
     n, c, *axes = shape
-    return 2 * n * c * math.prod(-(-size // max(min(block, size), 1)) for size in axes)
+    return 2 * n * c * math.prod([-(-size // max(min(block, size), 1)) for size in axes])  # Dynamo takes no generator
 
 
 def back_reference(low: Tensor, size: tuple[int, int], block: int, transform: str, dtype: torch.dtype) -> Tensor:

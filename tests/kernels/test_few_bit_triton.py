@@ -154,7 +154,7 @@ def test_past_two_to_the_31_elements():
     with last_program_only():
         code = kernels.encode_triton(x, "gelu", 3)
     planes, nans = reference.planes_of(code, n, 3)
-    assert not nans[-4:].any()
+    assert not nans[-1].any()  # of the last program, which alone has run
     last, _ = reference.planes_of(reference.encode_reference(x[-128:], "gelu", 3), 128, 3)
     assert_same("planes", planes[:, -16:], last)
 

@@ -16,6 +16,7 @@ import actpress
 from actpress import layers, measure
 from actpress.layers import activation
 from actpress.methods import BlockPruning, Division, FewBit, Frequency, Inverted, Pooling, Quantize
+from actpress.swap.state import _contexts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:actpress.*saves:UserWarning",
@@ -483,7 +484,7 @@ def test_content_that_changes_unseen_is_encoded_again(layer, method, how):
 
     def gradients(x):
         torch.manual_seed(2)
-        for context in actpress.swap._contexts(net):
+        for context in _contexts(net):
             context.draws = 5
         net.zero_grad()
         (net(x * 1 if "in place" in layer else x) ** 2).sum().backward()
@@ -619,7 +620,7 @@ def test_autocast_does_not_reach_into_codes(layer, method, dtype):
 
     def gradients(autocast):
         torch.manual_seed(2)
-        for context in actpress.swap._contexts(net):
+        for context in _contexts(net):
             context.draws = 5
         with torch.autocast("cpu", dtype, enabled=autocast):
             y = net(x * 1)

@@ -110,11 +110,12 @@ class SavedBytes:
     in another dtype, which autocast makes. Read `bytes` (on the device), `host_bytes` (offloaded) or `storages()` while the graph is
     alive. A non-reentrant checkpoint counts with its inputs alone, because it saves nothing else. A UserWarning names hooks whose result
     contains no tensor. `casts=False` also counts the dtype copies of parameters: finding them needs a dispatch mode, under which
-    torch.compile does not compile.
+    torch.compile does not compile. `modules=False` counts parameters and buffers too: finding them needs hooks on modules, with which
+    code that nn.Module.compile made before does not run.
     """
 
-    def __init__(self, casts: bool = True):
-        self._casts = casts
+    def __init__(self, casts: bool = True, modules: bool = True):
+        self._casts, self._modules = casts, modules
         self._saved: weakref.WeakSet[_Saved | _Packed] = weakref.WeakSet()
         self._model_storages: dict[int, Any] = {}  # key -> storage; the reference keeps the key from being reused
         self._hidden: dict[str, list[int]] = defaultdict(list)  # hook -> bytes of each tensor that it hides
@@ -122,7 +123,8 @@ class SavedBytes:
 
     def __enter__(self) -> "SavedBytes":
         self._stack = ExitStack()
-        self._stack.callback(register_module_forward_pre_hook(self._see_module).remove)
+        if self._modules:
+            self._stack.callback(register_module_forward_pre_hook(self._see_module).remove)
         self._stack.enter_context(saved_tensors_hooks(*self._around(active_hooks())))
         self._stack.enter_context(_each_entered_hook(self._around))
         if self._casts:
