@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import actpress
 from actpress import layers, measure, swap
-from actpress.codec import Context, Like
+from actpress.codec import Context, encoded
 from actpress.kernels.pruning import block_grid, code_bytes
 from actpress.measure import saved_bytes
 from actpress.methods import BlockPruning
@@ -52,8 +52,8 @@ def test_only_dw_changes_and_it_is_exact_at_what_was_decoded(shape, block, view,
     x = VIEWS[view](torch.randn(shape, dtype=torch.float64))
     stock, ours = linear(x.shape[-1], dtype=torch.float64, block=block, select=select)
     dy = torch.randn(*x.shape[:-1], 11, dtype=torch.float64)
-    kept = ours.codec.encode(x, Context(ours.context.seed))  # the first draw, as the layer's own
-    decoded = ours.codec.decode(kept, Like(x.shape, x.dtype, False))
+    kept, saved = encoded(ours.codec, x, Context(ours.context.seed))  # the first draw, as the layer's own
+    decoded = kept.decode(saved)
     dx, _, db = gradients(stock, x, dy)
     our_dx, our_dw, our_db = gradients(ours, x, dy)
     tight = {"rtol": 1e-12, "atol": 1e-12}  # fp64, sums of at most 200 terms in another order
@@ -61,7 +61,7 @@ def test_only_dw_changes_and_it_is_exact_at_what_was_decoded(shape, block, view,
     torch.testing.assert_close(our_db, db, msg=lambda m: f"db: {m}", **tight)
     torch.testing.assert_close(our_dw, gradients(stock, decoded, dy)[1], msg=lambda m: f"dW: {m}", **tight)
     pruned = code_bytes(block_grid(x.shape, block), 0.8, 8) < x.nbytes  # not a tensor of a single block
-    assert (len(kept) == 2) == pruned == (decoded.count_nonzero().item() < x.numel())
+    assert (len(saved) == 2) == pruned == (decoded.count_nonzero().item() < x.numel())
 
 
 @pytest.mark.parametrize("view", VIEWS)
