@@ -3,9 +3,9 @@
 python scripts/dev/rename_records.py results      records of runs, of gradients and of function tables below that folder; then `make report`
 """
 
+import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -61,7 +61,11 @@ def move(path: Path, name: str, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    results = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a folder with runs/, fidelity/ or networks/")
+    results = parser.parse_args().results
+    if not results.is_dir():
+        parser.error(f"{results} is no folder")
     gradients(results / "fidelity", runs(results / "runs"))
     for name, moved in MEASURES.items():
         functions(results / name, *moved)

@@ -104,3 +104,36 @@ def test_an_offloaded_network_saves_nothing_on_the_device():
 def test_offload_refuses_other_options():
     with pytest.raises(ValueError, match=r"Offload: pin=1, allowed: True, False"):
         Offload(pin=1)
+
+
+def test_a_block_that_changes_a_buffer_of_its_own_is_refused_by_name():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.second(self.first(x))
+
+    net = nn.Sequential(Counting(), Counting())
+    actpress.apply(net, Checkpoint())
+    with pytest.raises(
+        RuntimeError, match=r"'0' changes its buffer 'seen' in its forward pass, which checkpointing runs twice"
+    ):
+        net(torch.randn(2, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("method", [Checkpoint(), Offload()], ids=["checkpoint", "offload"])
+def test_a_second_time_matches_nothing(method):
+    net = timm.create_model("resnet18", num_classes=10)
+    actpress.apply(net, method)
+    with pytest.raises(ValueError, match="is applied already"):
+        actpress.apply(net, method)
+
+
+def test_what_offload_leaves_is_said_in_words():
+    net = timm.create_model("resnet18", num_classes=10)
+    report = actpress.apply(net, Offload(), sample=torch.randn(2, 3, 32, 32))
+    assert "nothing on the device" in str(report)

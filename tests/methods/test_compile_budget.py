@@ -52,3 +52,23 @@ def test_restore_takes_the_compilation_away():
 def test_refuses_other_budgets(budget):
     with pytest.raises(ValueError, match=r"CompileBudget: budget=.*, allowed: 0 <= budget <= 1"):
         CompileBudget(budget)
+
+
+def test_what_was_compiled_before_is_neither_compiled_again_nor_lost():
+    model = net()
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="'' is compiled in place already"):
+        actpress.apply(model, CompileBudget())
+    assert model._compiled_call_impl is not None
+
+
+def test_bytes_of_compiled_code_are_not_mistaken_for_those_of_stock():
+    model, x = net(), torch.randn(4, 32)
+    with pytest.raises(ValueError, match="copies are not compiled"):
+        actpress.apply(copy.deepcopy(model), CompileBudget(), sample=x)
+    with pytest.raises(ValueError, match="CompileBudget compiles the model"):
+        actpress.check(model, CompileBudget(), x)
+    actpress.apply(model, CompileBudget())
+    with pytest.raises(ValueError, match="was compiled in place"):
+        measure.saved_bytes(lambda: model(x).sum())
+    assert not actpress.swap.is_compiled(copy.deepcopy(model))

@@ -158,6 +158,7 @@ def test_an_applied_model_can_be_copied(pair, kind):
 def test_gradients_are_finite_and_near_stock(pair):
     x, y = batch()
     exact, ours = grads(pair[0], x, y), grads(pair[1], x, y)
+    torch.testing.assert_close(dict(pair[0].named_buffers()), dict(pair[1].named_buffers()), rtol=0, atol=0)
     flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (exact, ours)]
     assert flat[1].isfinite().all()
     assert (

@@ -429,7 +429,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
         (path,) = folder.glob("outputs/resnet20-*/last.pt")
         return torch.load(path, weights_only=True)
 
-    run.train(config(tmp_path / "whole", *options))
+    subprocess.run(train_command(tmp_path / "whole", *options), stdout=subprocess.DEVNULL, check=True)
     killed = subprocess.Popen(train_command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any('"step": 100' in log.read_text() for log in tmp_path.glob("killed/outputs/resnet20-*/log.jsonl")):

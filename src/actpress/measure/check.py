@@ -24,7 +24,7 @@ from actpress import swap
 from actpress.kernels.common.check import is_integer
 from actpress.measure import memory
 from actpress.swap import first_pass, saving
-from actpress.swap.saving import Dense, Inputs, readable
+from actpress.swap.saving import Dense, Inputs, readable, times_less
 
 # A warning is issued below this cosine, and where the norm ratio is outside [1 / LARGEST_SIZE, LARGEST_SIZE].
 LEAST_COSINE, LARGEST_SIZE = 0.5, 1.5
@@ -72,9 +72,7 @@ class Check:
         return self.cosine >= LEAST_COSINE and 1 / LARGEST_SIZE <= self.norm_ratio <= LARGEST_SIZE
 
     def __str__(self) -> str:
-        rows = [
-            ["kept for backward", readable(self.saved_before), readable(self.saved_after), f"{self.ratio:.2f}x less"]
-        ]
+        rows = [["kept for backward", readable(self.saved_before), readable(self.saved_after), times_less(self.ratio)]]
         if self.peak_before is not None:
             peaks = self.peak_before, self.peak_after
             rows.append(["peak of a step", *map(readable, peaks), f"{peaks[0] / peaks[1]:.2f}x less"])
@@ -135,6 +133,8 @@ def check(
     swap.restore(stock)
     ours = copy.deepcopy(stock)
     report = swap.apply(ours, method)
+    if swap.is_compiled(ours):
+        raise ValueError(f"check: {swap.label(method)} compiles the model; its bytes are not counted here")
     first_pass.remove_all(ours)
     swap.set_epoch(ours, swap.start_epoch(ours))
     with torch.random.fork_rng(), torch.enable_grad():

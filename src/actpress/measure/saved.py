@@ -136,6 +136,11 @@ class SavedBytes:
         self._stack.close()
 
     def _see_module(self, module: nn.Module, args: Any) -> None:
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"saved bytes: {type(module).__name__} was compiled in place, and its compiled code does not run under hooks on modules; "
+                "allowed: SavedBytes(casts=False, modules=False), after a first step, which also counts parameters"
+            )
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if is_lazy(tensor):  # no memory yet
                 continue

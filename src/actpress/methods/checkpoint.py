@@ -15,7 +15,7 @@ block, not its stage, and not the convolutions in it.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from actpress.layers import applied
 from actpress.swap import Around, Method, module_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -33,7 +34,11 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Checkpoint(Method):
-    """Activation checkpointing, block by block. ValueError by `apply` for a model without blocks."""
+    """Activation checkpointing, block by block.
+
+    `apply` raises ValueError for a model without blocks. The training step raises RuntimeError for a block that changes buffers of its own
+    (spectral norm, a counter), since the second forward pass would change them again. Running statistics of batch norms are put back.
+    """
 
     def plan(self, model: nn.Module) -> Sequence[Around]:
         names = {module: name for name, module in model.named_modules()}
@@ -86,19 +91,35 @@ def computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _statistics_kept(block)
+    return _buffers_checked(block), _statistics_kept(block)
+
+
+def _statistics(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(batch norm, name) of each running statistic that a training forward pass updates."""
+    norms = [module for module in block.modules() if isinstance(module, _NormBase) and module.training]
+    return [(norm, name) for norm in norms for name in STATISTICS if norm._buffers.get(name) is not None]
+
+
+@contextmanager
+def _buffers_checked(block: nn.Module) -> Iterator[None]:
+    """Raises RuntimeError where the block changes a buffer that is no running statistic: it would change again, and the result with it."""
+    known = {id(norm._buffers[name]) for norm, name in _statistics(block)}
+    before = {name: (b, b._version) for name, b in block.named_buffers() if id(b) not in known and not b.is_inference()}
+    yield
+    after = dict(block.named_buffers())
+    for name, (buffer, version) in before.items():
+        if after.get(name) is not buffer or buffer._version != version:
+            note = applied.of(block)
+            raise RuntimeError(
+                f"actpress: {note.name if note else ''!r} changes its buffer {name!r} in its forward pass, which checkpointing runs twice; "
+                "leave it out with apply(..., where=...)"
+            )
 
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """The running statistics of batch norms are afterwards what they were before."""
-    norms = [module for module in block.modules() if isinstance(module, _NormBase) and module.training]
-    before = [
-        (norm, name, norm._buffers[name])
-        for norm in norms
-        for name in STATISTICS
-        if norm._buffers.get(name) is not None
-    ]
+    before = [(norm, name, norm._buffers[name]) for norm, name in _statistics(block)]
     for norm, name, value in before:
         norm._buffers[name] = value.clone()
     try:

@@ -177,7 +177,8 @@ def narrowed(plan: Sequence[Edit], model: nn.Module, where: Callable[[str, nn.Mo
     for name in allowed:  # outer modules come before inner ones
         if not any(above == "" or name.startswith(f"{above}.") for above in topmost):
             topmost.append(name)
-    kept = [edit for edit in plan if edit.name in set(allowed)]
-    whole = [edit for edit in plan if edit.name == "" and "" not in allowed and not isinstance(edit, Swap)]
+    names = set(allowed)
+    kept = [edit for edit in plan if edit.name in names]
+    whole = [edit for edit in plan if edit.name == "" and "" not in names and not isinstance(edit, Swap)]
     whole = [edit for edit in whole if not (isinstance(edit, Around) and isinstance(edit.call, Functions))]
     return [*kept, *(replace(edit, name=name) for edit in whole for name in topmost)]

@@ -123,13 +123,13 @@ def _apply(model: nn.Module, method: Method, where: Callable[[str, nn.Module], b
         if swap is not None:
             _swap(module, swap, method, context)
             report.replaced[name] = (old, f"actpress.{type(module).__name__}")
-        elif next(module.children(), None) is None:
+        elif next(module.children(), None) is None and not edits:
             report.untouched[name] = _why_untouched(module, method)
         _edit_functions(name, module, edits, method, context, report, before)
         for edit in edits:
             _execute(module, edit, method, report, old)
     if method.changes_model and not report.replaced:
-        raise NothingMatches(_no_match(model, method))
+        raise NothingMatches(_no_match(model, method, where))
     set_epoch(model, 0)
     return report
 
@@ -212,10 +212,16 @@ def _execute(module: nn.Module, edit: Edit, method: Method, report: Report, old:
     if isinstance(module, torch.fx.GraphModule):  # makes its own forward anew whenever it is copied
         report.untouched[where] = f"{old} untouched: a torch.fx.GraphModule, whose forward is generated"
         return
+    around = vars(module).get("_around", ())
     if isinstance(edit, Graph):
+        if module._compiled_call_impl is not None:
+            raise ValueError(f"{label(method)}: {edit.name!r} is compiled in place already; undo that first")
         module.compile(backend=edit.backend)
+    elif edit.call in around:
+        report.untouched[where] = f"{old} untouched: {note.method} is applied to it"
+        return
     else:
-        wrap(module, (*vars(module).get("_around", ()), edit.call))
+        wrap(module, (*around, edit.call))
     _note(module, edit.name, method, stock, compiled=isinstance(edit, Graph))
     report.replaced[where] = (old, f"{old} under {label(method)}")
 
@@ -244,10 +250,13 @@ def _put_back(module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, 
     vars(module).update(attributes if compiled is None else {**attributes, "_compiled_call_impl": compiled})
 
 
-def _no_match(model: nn.Module, method: Method) -> str:
+def _no_match(model: nn.Module, method: Method, where: Callable[[str, nn.Module], bool] | None) -> str:
     leaves = (module for module in model.modules() if next(module.children(), None) is None)
     listed = ", ".join(sorted({type_name(type(module)) for module in leaves}))
     text = f"{label(method)} matches nothing in {type(model).__name__}; it has: {listed}"
+    if where is not None:
+        allowed = [where(name, module) for name, module in model.named_modules()]
+        text += f"; where allows {sum(map(bool, allowed))} of its {len(allowed)} modules"
     earlier = {note.method for module in model.modules() if (note := applied.of(module)) is not None}
     return text + (
         f"; {', '.join(sorted(earlier))} is applied already, actpress.restore(model) undoes that" if earlier else ""

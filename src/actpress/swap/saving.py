@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from actpress.layers import Extended, applied
 from actpress.measure.saved import SavedBytes, active_hooks, pieces, storage_key
 from actpress.swap import first_pass
-from actpress.swap.state import has_started, set_epoch, start_epoch
+from actpress.swap.state import has_started, is_compiled, set_epoch, start_epoch
 
 MIB = 2**20
 NAMED = 4  # dense types that a warning names
@@ -162,7 +162,7 @@ class Saving:
         share = f"{'about ' if self.estimated else ''}{saved:.0%}" if saved > 0 else "none"
         text = (
             f"{self.method} saves {share} of the bytes kept for backward: "
-            f"{readable(self.saved_before)} -> {readable(self.saved_after)}, {self.ratio:.2f}x less"
+            f"{readable(self.saved_before)} -> {readable(self.saved_after)}, {times_less(self.ratio)}"
         )
         largest = ", ".join(f"{item.type} {readable(item.bytes)} ({item.share:.0%})" for item in self.dense[:NAMED])
         return text + (f"\nstayed dense, share of what is kept: {largest}" if largest else "")
@@ -182,6 +182,8 @@ class Kept(NamedTuple):
 
 def kept(model: nn.Module, inputs: Inputs) -> Kept:
     """Of a training forward pass of a copy of the model; the model and the state of random generators are left alone."""
+    if is_compiled(model):
+        raise ValueError("what a compiled model saves is not measured with a sample: its copies are not compiled")
     twin = copy.deepcopy(model).train()
     first_pass.remove_all(twin)
     set_epoch(twin, start_epoch(twin))  # as it is once all of it has started
@@ -368,6 +370,11 @@ def _autocast_itemsize(x: Tensor) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / MIB:.2f}"
+
+
+def times_less(ratio: float) -> str:
+    """Text: how many times fewer bytes are saved on the device."""
+    return f"{ratio:.2f}x less" if ratio < float("inf") else "nothing on the device"
 
 
 def readable(size: int) -> str:

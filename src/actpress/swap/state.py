@@ -52,9 +52,9 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a method has compiled the model, or a part of it, in place."""
-    notes = (applied.of(module) for module in model.modules())
-    return any(note is not None and note.compiled for note in notes)
+    """Whether a method has compiled the model, or a part of it, in place. A copy of such a model is not compiled."""
+    noted = ((module, applied.of(module)) for module in model.modules())
+    return any(note and note.compiled and module._compiled_call_impl is not None for module, note in noted)
 
 
 def start_epoch(model: nn.Module) -> int:
