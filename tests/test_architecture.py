@@ -151,6 +151,14 @@ def test_only_methods_know_methods(module):
     assert names_in(MODULES[module].read_text()) & method_names() == set()
 
 
+def test_a_reader_finds_the_way():
+    """At most ten entries at the package's top, and no file of more than 400 lines."""
+    top = {path.relative_to(FOLDERS["actpress"]).parts[0] for path in FOLDERS["actpress"].rglob("*.py")}
+    assert len(top) <= 10, sorted(top)
+    long = {name: lines for name, file in MODULES.items() if (lines := len(file.read_text().splitlines())) > 400}
+    assert {name for name in long if not name.startswith("actpress.kernels.")} == set(), long
+
+
 def test_the_engine_knows_no_model_and_no_data_set():
     known = names_in(MODULES["actpress.train.engine"].read_text())
     assert known & (config_names("model") | config_names("data")) == set()
