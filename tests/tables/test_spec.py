@@ -102,7 +102,7 @@ def test_shipped_tables_load_and_compose(name):
     assert len(plan.lines(table, PROJECT, PROJECT.results)) == 2 + len(measurements)
     assert len(measurements) % len(table.rows) == 0  # as many for each row: seeds, weights
     assert all(labels.keys() <= table.rows[0].labels.keys() for labels in table.baselines)
-    for row in table.rows:
+    for row in (table.rows[0], table.rows[-1]):  # make check-pages composes the others
         if not kinds.get(table.kind).composes:
             continue
         if plan.can_exist(row):

@@ -423,7 +423,7 @@ def test_compiled_training_resumes_bit_for_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "division"])
 def test_a_killed_command_goes_on_to_the_same_weights(tmp_path, method):
-    options = ("data.train_size=600", "recipe.batch_size=8", f"method={method}")  # 75 steps an epoch
+    options = ("data.train_size=240", "recipe.batch_size=4", f"method={method}")  # 60 steps an epoch
 
     def loaded(folder):
         (path,) = folder.glob("outputs/resnet20-*/last.pt")
