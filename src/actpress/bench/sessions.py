@@ -34,7 +34,7 @@ class Sessions:
         return [row for session in self._found["sessions"] for row in session["rows"] if row["status"] != "failed"]
 
     def write(self, rows: steps.Rows) -> None:
-        """Print the last of this session's rows, and write the file."""
+        """Print the newest row and write the file."""
         self._current["rows"] = rows
         print(describe(rows[-1]), flush=True)
         if self._path:
