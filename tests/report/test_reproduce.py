@@ -6,31 +6,9 @@ import pytest
 
 import small_tables
 from actpress.report import pages, reproduce
-from actpress.tables.kinds import memory
-from actpress.train import command, provenance, record
+from actpress.train import command, record
 from actpress.train.errors import BAD_INPUT
 from small_tables import CALLS
-
-
-@pytest.fixture
-def project(tmp_path):
-    return small_tables.create(tmp_path)
-
-
-@pytest.fixture
-def predictions(monkeypatch):
-    """What a memory table predicts, and where: a function that sets them."""
-
-    def predict(saved: int, commit: str) -> None:
-        monkeypatch.setattr(memory, "predicted_memory", lambda *_: {"saved_bytes": saved})
-        here = provenance.environment("cpu") | {
-            "commit": commit,
-            "dirty": False,
-            "date": f"2026-01-01T00:00:{saved % 60}",
-        }
-        monkeypatch.setattr(provenance, "environment", lambda device: here)
-
-    return predict
 
 
 def test_a_function_is_called_once_for_each_row_and_its_pages_stay_as_they_are(project, capsys):

@@ -12,17 +12,15 @@ The 2-bit relatives ReGELU2 and ReSiLU2 (ICML 2024, arXiv 2406.16282) fit the fu
 """
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from actpress.codec import Codec, Like
 from actpress.kernels import few_bit
 from actpress.kernels.common import check, launch
 from actpress.layers import activation
-from actpress.methods.rules import functions_with, of_kind
-from actpress.swap import Method, Replacement
+from actpress.methods.rules import ActivationMethod
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Interval(Codec):
 
 
 @dataclass(frozen=True)
-class FewBit(Method):
+class FewBit(ActivationMethod):
     """Few-Bit activations.
 
     bits: 1, 2, 3 or 4 bits per element (the paper's main setting: 3).
@@ -74,13 +72,3 @@ class FewBit(Method):
     @property
     def codec(self) -> Interval:
         return Interval(self.bits, fused=self.forward == "fused")
-
-    def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return of_kind("gelu", self.codec)
-
-    def functions(self) -> Mapping[str, Callable]:
-        return functions_with("gelu", self.codec)
-
-    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
-        layer = activation.layer_for(module)
-        return None if layer is None else Replacement(layer, self.codec)

@@ -16,18 +16,16 @@ Prior art: Tempo (NeurIPS 2022), in-place GELU from its output and a mask.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from actpress.codec import Codec, Like
 from actpress.kernels import inverted
 from actpress.kernels.common import check, launch
 from actpress.kernels.common.bits import packed_bytes
 from actpress.layers import activation
-from actpress.methods.rules import functions_with, of_kind
-from actpress.swap import Method, Replacement
+from actpress.methods.rules import ActivationMethod
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class FromOutput(Codec):
 
 
 @dataclass(frozen=True)
-class Inverted(Method):
+class Inverted(ActivationMethod):
     """Inverted activations.
 
     forward: "stock", the output is that of stock PyTorch, and another pass over the input makes the bit; "fused", on a GPU one pass makes
@@ -79,13 +77,3 @@ class Inverted(Method):
     @property
     def codec(self) -> FromOutput:
         return FromOutput(fused=self.forward == "fused", decoder=self.decoder)
-
-    def rules(self) -> Mapping[type[nn.Module], Replacement]:
-        return of_kind("gelu", self.codec)
-
-    def functions(self) -> Mapping[str, Callable]:
-        return functions_with("gelu", self.codec)
-
-    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
-        layer = activation.layer_for(module)
-        return None if layer is None else Replacement(layer, self.codec)

@@ -1,13 +1,13 @@
 """Rules that several methods share: layers whose gradient is exact from less, and the groups of layers that a codec goes with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
 
 from actpress.codec import Codec
-from actpress.layers import EXACT, LAYERS, functions_of
-from actpress.swap import Replacement
+from actpress.layers import EXACT, LAYERS, activation, functions_of
+from actpress.swap import Method, Replacement
 
 Rules = dict[type[nn.Module], Replacement]
 
@@ -47,3 +47,19 @@ def all_layers(maps: Codec, tokens: Codec, token_norms: Codec, slopes: Codec) ->
 def all_functions(slopes: Codec) -> dict[str, Callable]:
     """The functional forms of exact and smooth activations, of dropout and of pooling."""
     return exact_functions() | functions_with("slopes", slopes)
+
+
+class ActivationMethod(Method):
+    """Base of methods for GELU, SiLU and their kin, in PyTorch, timm and transformers: each is saved by `codec`."""
+
+    codec: Codec
+
+    def rules(self) -> Mapping[type[nn.Module], Replacement]:
+        return of_kind("gelu", self.codec)
+
+    def functions(self) -> Mapping[str, Callable]:
+        return functions_with("gelu", self.codec)
+
+    def replacement(self, name: str, module: nn.Module) -> Replacement | None:
+        layer = activation.layer_for(module)
+        return None if layer is None else Replacement(layer, self.codec)

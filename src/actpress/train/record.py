@@ -18,8 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from actpress.train.errors import Unreadable
 from actpress.train.files import id_word, write_text
 
-STATUSES = ("ok", "oom", "diverged", "failed")
-
 # Keys that readers of a run's record need, see `read`.
 ENVIRONMENT = dict.fromkeys(("device", "device_type", "torch", "python", "commit", "dirty", "date"), object)
 RUN = {"run_id": str, "status": str, "history": list, "environment": ENVIRONMENT}
